@@ -1,0 +1,459 @@
+"""One training step of AttnRL, and its loss: the method composed from fci.py, tree.py and sampler.py.
+
+    prompts of batch m+1 ─┐
+                          ├─ generate (one call) ─ grade ─┬─ initial responses m+1 ─ one forward: logps, entropies, FCI ─ plan m+1
+    plan of batch m ──────┘                               └─ continuations m ─ tree ─ advantages ─ drop zeros ─ update ─ push weights ─ B
+
+One-step off-policy (Fig. 5): a step trains on batch m and, in the same generation call, samples the initial responses of batch
+m+1. With `off_policy=False` batch m is sampled, planned and branched inside its own step, which takes two calls.
+
+    J = 1/N sum over tokens of min(r A, clip(r, 1 - low, 1 + high) A) - kl_coef * KL(policy || reference)              (Eq. 1)
+
+N counts the response tokens of a minibatch, r is the ratio to the policy that sampled the token, A the advantage of tree.py.
+
+What is not here: critic, reward model, entropy bonus, length penalty, learning-rate schedule. The authors train several minibatches per
+step on data laid out by verl; here a minibatch is a list of problems and its gradient does not depend on how it is packed.
+"""
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.hf_argparser import HfArg
+
+from fci import FCI, PADDING, count_scored_steps, fci_scores, split_steps, step_ids_of
+from sampler import AdaptiveSampler, Request, choose_responses, expansion
+from tree import Leaf, branch_points, group_advantages, tree_advantages
+
+
+@dataclass
+class MethodConfig:
+    """The method's constants; defaults are the paper's (SPEC: 1.5B, 8k responses)."""
+
+    # sampling
+    batch_size: int = HfArg(default=64, help="prompts a step; where adaptive_batch starts")
+    group_size: int = HfArg(default=6, help="G, initial responses a prompt")
+    max_prompt_tokens: int = HfArg(default=1024, help="longest prompt; longer ones are refused before training")
+    max_response_tokens: int = HfArg(default=8192, help="budget of a response, its prefix included")
+    temperature: float = HfArg(default=1.0, help="of sampling, and of the log-probabilities trained on")
+    off_policy: bool = HfArg(default=True, help="one-step off-policy: one generation call a step instead of two")
+    # branching
+    branching: Literal["fci", "entropy", "random", "earliest", "none"] = HfArg(default="fci", help="where to branch (Eq. 7)")
+    n_branch_points: int = HfArg(default=2, help="N, branch points a response")
+    n_continuations: int = HfArg(default=2, help="T, continuations a branch point")
+    branch_quantile: float = HfArg(default=0.2, help="rho, share of steps that are candidates")
+    min_branch_gap: int = HfArg(default=512, help="tokens between branch points in a response of 8192 tokens; in proportion in others")
+    fci_delta: int = HfArg(default=4, help="Delta of Eq. 5, steps")
+    # adaptive sampling
+    expansion: Literal["adaptive", "uniform"] = HfArg(default="adaptive", help="branch more responses of harder problems (Eq. 9), or all")
+    fci_filter: Literal["easy", "all", "none"] = HfArg(default="easy", help="which problems must exceed the mean FCI to be branched (Eq. 8)")
+    adaptive_batch: bool = HfArg(default=True, help="resize the batch to the target (Eq. 10)")
+    target_sequences: int = HfArg(default=1920, help="B', training sequences with non-zero advantage wanted a step")
+    batch_decay: float = HfArg(default=0.9, help="lambda of Eq. 10")
+    min_batch_size: int = HfArg(default=16, help="bounds of Eq. 10, prompts")
+    max_batch_size: int = HfArg(default=256, help="bounds of Eq. 10, prompts")
+    # loss
+    advantage: Literal["tree", "group"] = HfArg(default="tree", help="Eq. 3, or GRPO's (R - mean) / std")
+    minibatch_prompts: int = HfArg(default=32, help="problems with non-zero advantage an optimiser step")
+    clip_low: float = HfArg(default=0.2, help="the ratio is clipped below 1 - clip_low")
+    clip_high: float = HfArg(default=0.28, help="and above 1 + clip_high")
+    kl_coef: float = HfArg(default=0.001, help="weight of the KL to the frozen initial model; 0 drops the reference model")
+    grad_clip: float = HfArg(default=1.0, help="largest gradient norm")
+    # memory knobs: they never change a result
+    microbatch_tokens: int = HfArg(default=16384, help="rows x longest sequence of one forward pass")
+    logit_chunk: int = HfArg(default=1024, help="tokens whose logits exist at once")
+
+    def check(self) -> None:
+        """Raises ValueError in one sentence where fields contradict each other."""
+        positive = "batch_size max_prompt_tokens max_response_tokens n_branch_points n_continuations temperature minibatch_prompts microbatch_tokens logit_chunk grad_clip target_sequences min_batch_size"
+        for name in positive.split():
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.group_size < 2:
+            raise ValueError(f"group_size must be at least 2, got {self.group_size}: one response has nothing to be compared with")
+        if not 0 < self.branch_quantile <= 1 or not 0 <= self.batch_decay <= 1:
+            raise ValueError("branch_quantile must lie in (0, 1] and batch_decay in [0, 1]")
+        if self.branching == "none" and self.fci_filter != "none":
+            raise ValueError("fci_filter chooses which problems to branch, so branching=none needs fci_filter=none")
+        if self.adaptive_batch and not self.min_batch_size <= self.batch_size <= self.max_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} must lie in [min_batch_size, max_batch_size] = [{self.min_batch_size}, {self.max_batch_size}]")
+
+
+# --- What is trained on -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """A response of one problem: an initial one, or the prefix of one and a continuation."""
+
+    family: int  # the initial response it descends from
+    start: int  # first token of its own; 0 for an initial response
+    ids: list[int]  # response tokens, prefix included
+    engine_logps: list[float]  # of the tokens from `start`, as the engine reported them
+    finished: bool  # ended by itself, within its budget
+    reward: float = 0.0
+    logps: list[float] = field(default_factory=list)  # of all tokens, under the policies that sampled them
+    fci: list[float] = field(default_factory=list)  # of its steps; initial responses only
+    advantages: list[float] = field(default_factory=list)  # of all tokens
+
+
+@dataclass
+class Group:
+    """A problem on its way through a step: its rollouts (the initial ones first) and where it will be branched."""
+
+    problem: str
+    answers: list[str]
+    prompt_ids: list[int]
+    rollouts: list[Rollout] = field(default_factory=list)
+    fci: float | None = None  # mean over responses of the mean over their steps
+    kept: bool = True  # passed the filter of Eq. 8
+    branches: list[tuple[int, int]] = field(default_factory=list)  # (family, branch point)
+    initial_rewards: list[float] = field(default_factory=list)
+
+    def leaves(self) -> list[Leaf]:
+        return [Leaf(r.family, r.start, len(r.ids), r.reward) for r in self.rollouts]
+
+    def mixed(self) -> bool:
+        """Neither all right nor all wrong: only such problems have non-zero advantages."""
+        return len({r.reward for r in self.rollouts}) > 1
+
+
+# --- Loss (Eq. 1) -----------------------------------------------------------------------------------------------------
+
+
+def policy_loss(logps, old_logps, ref_logps, advantages, clip_low: float, clip_high: float, kl_coef: float):
+    """Loss of every token (Eq. 1, negated): sum it over a minibatch and divide by the minibatch's number of tokens.
+
+    All arguments (N,), fp32. ref_logps may be None when kl_coef is 0. Returns (loss (N,), clipped (N,) bool, kl (N,)).
+    """
+    ratio = (logps - old_logps).exp()
+    gain = ratio * advantages
+    clipped_gain = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    loss = -torch.minimum(gain, clipped_gain)  # Eq. 1, first term
+    kl = torch.zeros_like(loss)
+    if kl_coef:
+        r = ref_logps - logps
+        kl = r.exp() - r - 1  # k3 estimator of KL(policy || reference)
+        loss = loss + kl_coef * kl
+    return loss, clipped_gain < gain, kl.detach()
+
+
+# --- Forward passes ---------------------------------------------------------------------------------------------------
+
+
+def pack(sequences: list[tuple[list[int], list[int]]], budget: int) -> Iterator[list[int]]:
+    """Indices of (prompt, response) pairs in batches of similar length: rows x longest <= budget, one row at least."""
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]) - len(sequences[i][1]))
+    while order:
+        rows = max(1, budget // (len(sequences[order[0]][0]) + len(sequences[order[0]][1])))
+        yield order[:rows]
+        order = order[rows:]
+
+
+def collate(rows: list[list[int]], padding: int, device) -> torch.Tensor:
+    """Right-padded (B, L) long tensor. Causal attention needs no mask for padding on the right."""
+    ids = torch.full((len(rows), max(map(len, rows))), padding)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    return ids.to(device)
+
+
+def token_logps(model, batch, temperature: float, chunk: int, fci: FCI | None = None, with_entropy: bool = False):
+    """Log-probabilities of the response tokens of a batch of (prompt, response) pairs, in order, as one flat tensor.
+
+    Logits are computed for `chunk` tokens at a time and once more in backward, so L x V never exists. Returns (logps (N,), entropies (N,) or None),
+    fp32, entropies in nats; N = response tokens of the batch.
+    """
+    ids = collate([prompt + response for prompt, response in batch], 0, model.device)
+    is_response = collate([[0] * len(p) + [1] * len(r) for p, r in batch], 0, model.device).bool()
+    extra = {"fci": fci} if fci else {}
+    hidden = model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state  # (B, L, D)
+    hidden, targets = hidden[:, :-1][is_response[:, 1:]], ids[is_response]  # (N, D), (N,)
+
+    def project(h, t):
+        logps = (model.get_output_embeddings()(h).float() / temperature).log_softmax(-1)  # (chunk, V)
+        entropy = -(logps.exp() * logps).sum(-1) if with_entropy else None
+        return logps.gather(-1, t[:, None])[:, 0], entropy
+
+    parts = [checkpoint(project, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    logps, entropies = zip(*parts)
+    return torch.cat(logps), torch.cat(entropies) if with_entropy else None
+
+
+def check_projection(model) -> None:
+    """Raises ValueError if the model's logits are more than its output layer applied to its last hidden state."""
+    ids = torch.arange(1, 9, device=model.device)[None]
+    with torch.no_grad():
+        direct = model(input_ids=ids).logits
+        ours = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
+    if not torch.allclose(direct, ours, atol=1e-3, rtol=1e-3):
+        raise ValueError(f"{type(model).__name__} changes its logits after the output layer (soft-capping or scaling), which token_logps does not reproduce")
+
+
+# --- The step ---------------------------------------------------------------------------------------------------------
+
+
+class AttnRL:
+    """Trains `model` in place, a step a call.
+
+    reward_fn(response text, answers) -> bool. reference: frozen copy of the initial model, or None when kl_coef is 0.
+    autocast: dtype of forward passes, or None for that of the weights.
+    """
+
+    def __init__(
+        self, cfg: MethodConfig, model, reference, tokenizer, engine, optimizer,
+        reward_fn: Callable[[str, list[str]], bool], seed: int = 0, autocast: torch.dtype | None = None,
+    ):  # fmt: skip
+        cfg.check()
+        check_projection(model)
+        self.cfg, self.model, self.reference, self.tokenizer = cfg, model, reference, tokenizer
+        self.engine, self.optimizer, self.reward_fn = engine, optimizer, reward_fn
+        self.sampler = AdaptiveSampler(cfg.batch_size)
+        self.rng = np.random.default_rng(seed)
+        self.pending: list[Group] = []  # sampled and planned, not yet branched
+        self.autocast_dtype = autocast
+        self.texts: dict[int, str] = {}  # token id -> its text
+        self.totals = {"problems": 0, "updates": 0, "tokens": 0}
+
+    def step(self, groups: list[Group]) -> tuple[dict, list[Group]]:
+        """Sample `groups`, train on the batch that is due, return (metrics, that batch).
+
+        Off-policy the batch due is that of the last call: empty in the first one, and the last call gets no groups.
+        """
+        clock, started = Clock(), time.perf_counter()
+        if self.cfg.off_policy:
+            batch, self.pending = self.pending, groups
+            with clock("generate"):
+                fresh = self.generate([*initial_jobs(groups, self.cfg), *branch_jobs(batch, self.cfg)])
+        else:
+            batch, fresh = groups, []
+            with clock("generate"):
+                initial = self.generate(initial_jobs(groups, self.cfg))
+            with clock("grade"):
+                self.grade(initial)
+            with clock("score"):
+                sampling = self.plan(groups)
+            with clock("generate"):
+                fresh = self.generate(branch_jobs(batch, self.cfg))
+        with clock("grade"):
+            self.grade(fresh)
+        with clock("score"):
+            if self.cfg.off_policy:
+                sampling = self.plan(groups)
+            branched = [(g, r) for g in batch for r in g.rollouts if r.start > 0]
+            self.score(branched)
+
+        useful = self.assign_advantages(batch)
+        with clock("update"):
+            training = self.update(useful)
+        with clock("sync"):
+            if useful:
+                self.engine.load(self.model)
+        n_useful = sum(any(r.advantages) for g in useful for r in g.rollouts)
+        if self.cfg.adaptive_batch and batch:
+            self.sampler.resize(self.cfg.target_sequences, n_useful, self.cfg.batch_decay, self.cfg.min_batch_size, self.cfg.max_batch_size)
+        self.totals["problems"] += len(groups)
+        metrics = {**sampling, **batch_metrics(batch, useful), **training, "next_batch_size": self.sampler.batch_size}
+        metrics |= {f"time_{name}": seconds for name, seconds in clock.seconds.items()}
+        return metrics | {"time_step": time.perf_counter() - started} | {f"total_{k}": v for k, v in self.totals.items()}, batch
+
+    # -- 1. generate and grade
+
+    def generate(self, jobs: list[tuple[Group, int, int]]) -> list[tuple[Group, Rollout]]:
+        """One generation call. A job is (group, family, start): sample on from token `start` of that initial response."""
+        if not jobs:
+            return []
+        prefixes = [group.rollouts[family].ids[:start] if start else [] for group, family, start in jobs]
+        requests = [Request(g.prompt_ids + prefix, self.cfg.max_response_tokens - len(prefix)) for (g, _, _), prefix in zip(jobs, prefixes)]
+        with self.autocast():
+            responses = self.engine.generate(requests, temperature=self.cfg.temperature)
+        fresh = []
+        for (group, family, start), prefix, response in zip(jobs, prefixes, responses):
+            rollout = Rollout(family, start, prefix + response.ids, response.logps, response.finish_reason == "stop")
+            group.rollouts.append(rollout)
+            fresh.append((group, rollout))
+            self.totals["tokens"] += len(response.ids)
+        return fresh
+
+    def grade(self, fresh: list[tuple[Group, Rollout]]) -> None:
+        for group, rollout in fresh:
+            rollout.reward = float(self.reward_fn(self.tokenizer.decode(rollout.ids), group.answers))
+
+    # -- 2. score and plan
+
+    @torch.no_grad()
+    def score(self, fresh: list[tuple[Group, Rollout]], with_fci: bool = False) -> list[tuple[np.ndarray, list]]:
+        """Set `logps` (and `fci`) of rollouts under the current policy; return their (entropies, steps). One forward pass."""
+        self.model.eval()
+        sequences = [(g.prompt_ids, r.ids) for g, r in fresh]
+        results: list = [None] * len(fresh)
+        for rows in pack(sequences, self.cfg.microbatch_tokens):
+            texts = [[self.text_of(i) for i in fresh[row][1].ids] for row in rows]
+            steps = [split_steps(t) for t in texts]
+            step_ids = [step_ids_of(len(sequences[row][0]), s) for row, s in zip(rows, steps)]
+            fci = FCI(collate(step_ids, PADDING, self.model.device), self.cfg.fci_delta) if with_fci else None
+            with self.autocast():
+                logps, entropies = token_logps(
+                    self.model, [sequences[row] for row in rows], self.cfg.temperature, self.cfg.logit_chunk, fci, with_entropy=True
+                )
+            lengths = [len(sequences[row][1]) for row in rows]
+            for i, (row, lp, h) in enumerate(zip(rows, logps.cpu().split(lengths), entropies.cpu().split(lengths))):
+                rollout = fresh[row][1]
+                prefix = fresh[row][0].rollouts[rollout.family].logps[: rollout.start]  # of the policy that sampled it
+                rollout.logps = prefix + lp[rollout.start :].tolist()
+                if fci:
+                    rollout.fci = fci_scores(fci.values[i], count_scored_steps(texts[i], steps[i]), len(steps[i])).tolist()
+                results[row] = h.numpy(), steps[i]
+        return results
+
+    def plan(self, groups: list[Group]) -> dict:
+        """Score the initial responses and decide where to branch; returns metrics of the sampling."""
+        if not groups:
+            return {}
+        cfg = self.cfg
+        fresh = [(g, r) for g in groups for r in g.rollouts]
+        scored = self.score(fresh, with_fci=cfg.branching == "fci" or cfg.fci_filter != "none")
+        of_rollout = {id(r): s for (_, r), s in zip(fresh, scored)}
+        for group in groups:
+            group.initial_rewards = rewards = [r.reward for r in group.rollouts]
+            if group.rollouts[0].fci:
+                group.fci = float(np.mean([np.mean(r.fci) for r in group.rollouts]))
+                group.kept = self.sampler.keep(group.fci, rewards, cfg.fci_filter)
+            if not group.kept or cfg.branching == "none":
+                continue
+            count = expansion(rewards) if cfg.expansion == "adaptive" else len(rewards)
+            for family in choose_responses(rewards, count, self.rng):
+                entropies, steps = of_rollout[id(group.rollouts[family])]
+                fci = np.array(group.rollouts[family].fci)
+                points = branch_points(
+                    cfg.branching, [s for s, _ in steps], fci, entropies, cfg.n_branch_points, cfg.branch_quantile, cfg.min_branch_gap, self.rng
+                )
+                group.branches += [(family, p) for p in points]
+        entropies = np.concatenate([h for h, _ in scored])
+        gaps = np.concatenate([np.abs(np.subtract(r.logps, r.engine_logps)) for _, r in fresh])
+        return {
+            "reward": float(np.mean([r.reward for _, r in fresh])),
+            "entropy": float(entropies.mean()),
+            "response_tokens": float(np.mean([len(r.ids) for _, r in fresh])),
+            "truncated": float(np.mean([not r.finished for _, r in fresh])),
+            "batch_size": len(groups),
+            "filtered": float(np.mean([not g.kept for g in groups])),
+            "engine_gap_mean": float(gaps.mean()),
+            "engine_gap_max": float(gaps.max()),
+        }
+
+    # -- 3. advantages
+
+    def assign_advantages(self, batch: list[Group]) -> list[Group]:
+        """Set every token's advantage (Eq. 3); return the problems that have any."""
+        useful = [g for g in batch if g.mixed()]
+        for group in useful:
+            advantages = (tree_advantages if self.cfg.advantage == "tree" else group_advantages)(group.leaves())
+            for rollout, a in zip(group.rollouts, advantages):
+                rollout.advantages = a.tolist()
+        return useful
+
+    # -- 4. update
+
+    def update(self, groups: list[Group]) -> dict:
+        """One pass over the problems in minibatches; returns metrics averaged over tokens."""
+        totals: dict[str, float] = defaultdict(float)
+        norms, n_total = [], 0
+        order = self.rng.permutation(len(groups))
+        for first in range(0, len(order), self.cfg.minibatch_prompts):
+            rollouts = [(groups[i], r) for i in order[first : first + self.cfg.minibatch_prompts] for r in groups[i].rollouts]
+            n_tokens = sum(len(r.ids) for _, r in rollouts)
+            for name, value in self.accumulate(rollouts, n_tokens).items():
+                totals[name] += value
+            norms.append(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip).item())
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.totals["updates"] += 1
+            n_total += n_tokens
+        return {name: value / n_total for name, value in totals.items()} | ({"grad_norm": float(np.mean(norms))} if norms else {})
+
+    def accumulate(self, rollouts: list[tuple[Group, Rollout]], n_tokens: int) -> dict[str, float]:
+        """Add the minibatch's gradient, microbatch by microbatch: the sum over tokens divided by `n_tokens` once, so packing
+        changes nothing. Returns sums over tokens."""
+        cfg, sums = self.cfg, defaultdict(float)
+        self.model.train()
+        sequences = [(g.prompt_ids, r.ids) for g, r in rollouts]
+        for rows in pack(sequences, cfg.microbatch_tokens):
+            batch = [sequences[i] for i in rows]
+            old_logps, advantages = (
+                torch.tensor([x for i in rows for x in getattr(rollouts[i][1], name)], device=self.model.device) for name in ("logps", "advantages")
+            )
+            with self.autocast():
+                ref_logps = None
+                if cfg.kl_coef:
+                    with torch.no_grad():
+                        ref_logps, _ = token_logps(self.reference, batch, cfg.temperature, cfg.logit_chunk)
+                logps, _ = token_logps(self.model, batch, cfg.temperature, cfg.logit_chunk)
+            loss, clipped, kl = policy_loss(logps, old_logps, ref_logps, advantages, cfg.clip_low, cfg.clip_high, cfg.kl_coef)
+            (loss.sum() / n_tokens).backward()
+            sums["loss"] += loss.sum().item()
+            sums["clipped"] += clipped.sum().item()
+            sums["kl"] += kl.sum().item()
+        return sums
+
+    # -- helpers
+
+    def autocast(self):
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.model.device.type, self.autocast_dtype)
+
+    def text_of(self, token_id: int) -> str:
+        if token_id not in self.texts:
+            self.texts[token_id] = self.tokenizer.decode([token_id])
+        return self.texts[token_id]
+
+
+def initial_jobs(groups: list[Group], cfg: MethodConfig) -> list[tuple[Group, int, int]]:
+    return [(g, family, 0) for g in groups for family in range(cfg.group_size)]
+
+
+def branch_jobs(groups: list[Group], cfg: MethodConfig) -> list[tuple[Group, int, int]]:
+    return [(g, family, point) for g in groups for family, point in g.branches for _ in range(cfg.n_continuations)]
+
+
+def batch_metrics(batch: list[Group], useful: list[Group]) -> dict:
+    """What the paper's Figures 4, 6 and 7 plot, of the batch trained on; shares in [0, 1]."""
+    if not batch:
+        return {}
+    rollouts = [r for g in batch for r in g.rollouts]
+    mc = [[r.reward for r in g.rollouts if r.start > 0] for g in batch if g.branches]
+    uniform = [g for g in batch if len(set(g.initial_rewards)) == 1]
+    share = lambda flags: float(np.mean(flags)) if flags else None  # noqa: E731
+    return {
+        "mc_solve_all": share([min(rewards) == 1 for rewards in mc]),
+        "mc_solve_none": share([max(rewards) == 0 for rewards in mc]),
+        "mc_valid": share([min(rewards) < max(rewards) for rewards in mc]),
+        "rescued": share([g.mixed() for g in uniform]),  # invalid after initial sampling, valid after MC
+        "valid_problems": len(useful),
+        "valid_sequences": sum(any(r.advantages) for r in rollouts),
+        "sequences": len(rollouts),
+        "valid_tokens": sum(len(r.ids) for r in rollouts if any(r.advantages)) / sum(len(r.ids) for r in rollouts),
+        "problem_fci": [g.fci for g in batch],
+        "problem_initial_reward": [float(np.mean(g.initial_rewards)) for g in batch],
+        "problem_valid": [g.mixed() for g in batch],
+    }
+
+
+class Clock:
+    """Wall-clock seconds by name: `with clock("generate"): ...`"""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str):
+        started = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - started

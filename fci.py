@@ -1,0 +1,143 @@
+"""Forward Context Influence (FCI): how much do later steps of a response look back at each step?
+
+    alpha[j, k]  mean attention from the tokens of step j to the tokens of step k   (Eq. 4), per layer and head
+    y[k]         sum of alpha[j, k] over all steps j >= k + delta                   (Eq. 5), per layer and head
+    FCI[k]       maximum of y[k] over layers and heads                              (Eq. 6), in [0, T], unitless
+
+A step that many later steps attend to carries the reasoning, so AttnRL branches there.
+
+**How it is computed.** Attention is linear in its values. Running the model's own fused attention a second
+time with *step indicators* as values (column k is 1 on the tokens of step k) returns the summed attention to
+every step at once: O(L * S) memory for L tokens and S steps, and never an L x L matrix. The columns are cut into
+groups as wide as a head, because fused kernels want values as wide as keys. Indicators are 0 or 1, exact in bf16; the
+division by the step's length follows in fp32.
+
+**How it gets in.** transformers lets anyone register an attention function. Ours is named `fci`: it is
+`sdpa_attention_forward`, plus a look at the queries and keys when the caller passes `fci=FCI(...)` to the model:
+
+    model.set_attn_implementation("fci")
+    scores = FCI(step_ids)
+    model(input_ids, fci=scores)       # the same pass yields logits; no second one is needed
+    scores.values                      # (B, S)
+
+It works for every decoder that uses the interface (grouped queries and sliding windows included), without a line
+about any of them. Batches are right-padded and need no padding mask: causality hides the padding.
+
+Differences from the paper, all from the released code: steps fall back to single line breaks, then to tokens; the prompt,
+the first step, and everything from the last `</think>` on score 0. The released code copies a transformers model file
+and patches its attention instead.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+THINK_END = "</think>"
+PADDING = -1  # step id of padding tokens
+
+
+def split_steps(token_texts: list[str]) -> list[tuple[int, int]]:
+    """Cut a response into steps: half-open token spans [start, end) that cover it.
+
+    A step ends with a token that contains two consecutive line breaks; if there is none, with a token that
+    contains one; if there is none either, every token is a step.
+
+    >>> split_steps(["So", " x", ".\\n\\n", "Then", "\\n", "y"])
+    [(0, 3), (3, 6)]
+    >>> split_steps(["a", "\\n", "b"]), split_steps(["a", "b"])
+    ([(0, 2), (2, 3)], [(0, 1), (1, 2)])
+    """
+    ends = list(range(1, len(token_texts) + 1))
+    for line_breaks in ("\n", "\n\n"):
+        ends = [i + 1 for i, text in enumerate(token_texts) if line_breaks in text] or ends
+    if ends and ends[-1] < len(token_texts):
+        ends.append(len(token_texts))
+    return list(zip([0, *ends], ends))
+
+
+def count_scored_steps(token_texts: list[str], steps: list[tuple[int, int]]) -> int:
+    """Number of leading steps that may score: those before the step with the last `</think>`, or all of them."""
+    thinks = [i for i, text in enumerate(token_texts) if THINK_END in text]
+    return sum(end <= thinks[-1] for _, end in steps) if thinks else len(steps)
+
+
+def step_ids_of(prompt_length: int, steps: list[tuple[int, int]]) -> list[int]:
+    """Step of every token of prompt + response: 0 for the prompt, 1..T for the response."""
+    return [0] * prompt_length + [k for k, (start, end) in enumerate(steps, 1) for _ in range(start, end)]
+
+
+def step_attention(query, key, step_ids, n_steps: int, mask=None, scale=None) -> torch.Tensor:
+    """Mean attention between steps (Eq. 4) of one layer.
+
+    query (B, H, L, d), key (B, H_kv, L, d): after rotary embedding. step_ids (B, L): long, PADDING where padded.
+    mask: None (causal) or what `scaled_dot_product_attention` takes. Returns alpha (B, H, S, S), fp32; rows sum to at most 1 per
+    token of the attended step. Row j depends on no token after step j.
+    """
+    B, H, L, d = query.shape
+    member = F.one_hot(step_ids.clamp(min=0), n_steps) * (step_ids != PADDING)[..., None]  # (B, L, S)
+    size = member.sum(1).clamp(min=1).float()  # (B, S) tokens of each step
+    columns = F.pad(member, (0, -n_steps % d)).to(query.dtype)  # (B, L, S rounded up to whole heads)
+    alphas = []
+    for values in columns.split(d, dim=-1):
+        values = values[:, None].expand(-1, key.shape[1], -1, -1)  # (B, H_kv, L, d)
+        attended = F.scaled_dot_product_attention(
+            query, key, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=H != key.shape[1]
+        )  # (B, H, L, d): sum over the tokens t of step k of A[i, t]
+        alphas.append(torch.einsum("bis,bhik->bhsk", member.float(), attended.float()))
+    summed = torch.cat(alphas, dim=-1)[..., :n_steps]  # (B, H, S, S): summed over the tokens of both steps
+    return summed / size[:, None, :, None] / size[:, None, None, :]
+
+
+class FCI:
+    """Collects FCI while a model whose attention is `fci` runs forward once.
+
+    step_ids: (B, L) long, 0 = prompt, 1..T = response steps, PADDING = padding.
+    delta: distance from which a later step counts (paper: 4).
+    values: (B, S) fp32 with S = 1 + the largest T of the batch, complete after the forward pass.
+    """
+
+    def __init__(self, step_ids: torch.Tensor, delta: int = 4):
+        self.step_ids, self.n_steps = step_ids, int(step_ids.max()) + 1
+        k = torch.arange(self.n_steps, device=step_ids.device)
+        self.later = k[:, None] >= k[None, :] + delta  # (S, S): row j counts for column k
+        self.layers = 0
+        self._values = torch.zeros(len(step_ids), self.n_steps, device=step_ids.device)
+
+    def add_layer(self, query, key, mask, scale) -> None:
+        alpha = step_attention(query, key, self.step_ids, self.n_steps, mask, scale)  # (B, H, S, S), Eq. 4
+        y = (alpha * self.later).sum(dim=-2)  # (B, H, S), Eq. 5
+        self._values = torch.maximum(self._values, y.amax(dim=1))  # (B, S), Eq. 6: max over heads, and over layers
+        self.layers += 1
+
+    @property
+    def values(self) -> torch.Tensor:
+        if not self.layers:
+            raise RuntimeError(
+                "FCI saw no attention layer: call model.set_attn_implementation('fci') first, and use a model whose "
+                "attention goes through transformers' AttentionInterface"
+            )
+        return self._values
+
+
+def fci_scores(values: torch.Tensor, n_scored: int, n_steps: int) -> torch.Tensor:
+    """FCI of the response steps 1..T of one sequence, (T,); 0 for the first step and from the last `</think>` on.
+
+    values: (S,), a row of `FCI.values`; n_scored: of `count_scored_steps`; n_steps: T.
+    """
+    scores = values[1 : n_steps + 1].clone()
+    scores[0] = 0
+    scores[n_scored:] = 0
+    return scores
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, fci: FCI | None = None, **kwargs):
+    if fci is not None:
+        with torch.no_grad():
+            fci.add_layer(query, key, attention_mask, scaling)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register("fci", _attention)
+AttentionMaskInterface.register("fci", sdpa_mask)  # without this the mask would silently be None

@@ -1,0 +1,376 @@
+"""Train a reasoner with AttnRL, TreeRL or GRPO.
+
+    python train.py                                                        # the embedded reasoner in tiny/, on a laptop
+    python train.py --algo grpo                                            # a baseline; every constant is a flag, see --help
+    python train.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B      # the paper's setting, on one 80 GB GPU
+
+Defaults are the paper's. An algorithm and a preset override some of them; flags override both. A run writes a directory:
+
+    config.json      every setting             metrics.jsonl    a line a step
+    curves.png       the run at a glance       rollouts.jsonl   trees with text, FCI and advantages
+    checkpoint-N/    weights in Hugging Face format, with all that is needed to go on
+
+The same command again resumes from the last complete checkpoint, to the same weights as a run that was never stopped.
+"""
+
+import json
+import os
+import shutil
+import sys
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+from transformers.utils import logging as transformers_logging
+
+from attnrl import AttnRL, Group, MethodConfig, Rollout
+from eval import evaluate, grade, load_problems
+from sampler import load_model, load_tokenizer, make_engine, prompt_ids
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class RunConfig:
+    """What is trained, on what, and how it is logged; defaults are the paper's where it has one."""
+
+    model: str = HfArg(default=str(HERE / "tiny"), help="directory or hub name of a chat model; tiny/ is the embedded reasoner")
+    algo: Literal["attnrl", "treerl", "grpo"] = HfArg(default="attnrl", help="a set of method fields, see ALGORITHMS")
+    preset: Literal["auto", "paper", "tiny"] = HfArg(default="auto", help="a set of defaults, see PRESETS; auto: the one named like the model's directory, else paper")
+    train_data: str = HfArg(default="agentica-org/DeepScaleR-Preview-Dataset", help="hub name or .jsonl/.json/.parquet with `problem` and `answer`")
+    test_data: str = HfArg(default="HuggingFaceH4/MATH-500", help="held-out problems, likewise; its `test` split on the hub")
+    output_dir: str = HfArg(default="", help="where the run is written [runs/ALGO-MODEL-SEED]")
+    engine: Literal["auto", "torch", "vllm"] = HfArg(default="auto", help="what samples; auto is vllm where it and CUDA are there")
+    gpu_memory: float = HfArg(default=0.4, help="share of the GPU that vllm may use")
+    seed: int = HfArg(default=0, help="of sampling, branching and data order")
+    steps: int = HfArg(default=500, help="training steps")
+    token_budget: int = HfArg(default=0, help="stop sampling new problems after so many generated tokens; 0: never")
+    lr: float = HfArg(default=1e-6, help="AdamW's learning rate, constant")
+    weight_decay: float = HfArg(default=0.0, help="AdamW's")
+    autocast: Literal["auto", "none", "bfloat16"] = HfArg(default="auto", help="dtype of forward passes over fp32 weights; auto is bfloat16 on CUDA")
+    gradient_checkpointing: bool = HfArg(default=True, help="recompute activations in backward; a memory knob")
+    threads: int = HfArg(default=0, help="CPU threads; 0: torch's choice")
+    eval_every: int = HfArg(default=50, help="steps between evaluations; the first and last step are always evaluated")
+    eval_problems: int = HfArg(default=0, help="how many of the held-out problems; 0: all")
+    eval_samples: int = HfArg(default=1, help="samples a held-out problem")
+    eval_temperature: float = HfArg(default=0.6, help="of evaluation")
+    save_every: int = HfArg(default=50, help="steps between checkpoints; the last step is always saved")
+    keep_checkpoints: int = HfArg(default=2, help="how many to keep")
+    long_prompts: Literal["refuse", "skip"] = HfArg(default="refuse", help="what to do about prompts above max_prompt_tokens")
+
+
+ALGORITHMS = {  # rows of the paper's Table 1
+    "attnrl": {},
+    "treerl": dict(branching="entropy", expansion="uniform", fci_filter="none", adaptive_batch=False, off_policy=False),
+    "grpo": dict(branching="none", expansion="uniform", fci_filter="none", adaptive_batch=False, off_policy=False, advantage="group"),
+}
+PRESETS = {
+    "paper": {},
+    "tiny": dict(
+        train_data=str(HERE / "tiny/train.jsonl"), test_data=str(HERE / "tiny/test.jsonl"),
+        max_prompt_tokens=128, max_response_tokens=128, batch_size=16, min_batch_size=8, max_batch_size=48, target_sequences=240,
+        minibatch_prompts=8, lr=4e-4, token_budget=400_000, gradient_checkpointing=False, eval_every=10, save_every=20,
+    ),
+}  # fmt: skip
+
+
+class InputError(ValueError):
+    """Something the user gave cannot work; the message says what and how to mend it."""
+
+
+class Parser(HfArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+
+def parse_config(argv: list[str]) -> tuple[RunConfig, MethodConfig]:
+    """Defaults < preset < algorithm < flags."""
+    parser = Parser((RunConfig, MethodConfig), description=__doc__.split("\n")[0], allow_abbrev=False)
+    run, _ = parser.parse_args_into_dataclasses(argv)
+    name = Path(run.model).name if run.preset == "auto" else run.preset
+    parser.set_defaults(**PRESETS.get(name, {}) | ALGORITHMS[run.algo])
+    run, method = parser.parse_args_into_dataclasses(argv)
+    run.output_dir = run.output_dir or f"runs/{run.algo}-{Path(run.model).name}-{run.seed}"
+    try:
+        method.check()
+    except ValueError as error:
+        raise InputError(error) from None
+    return run, method
+
+
+# --- 1. Data ----------------------------------------------------------------------------------------------------------
+
+
+def load_data(run: RunConfig, method: MethodConfig, tokenizer) -> tuple[list[dict], list[dict]]:
+    """Training and held-out problems, with every prompt known to fit. Raises InputError."""
+    try:
+        train, test = load_problems(run.train_data, "train"), load_problems(run.test_data, "test")
+    except ValueError as error:
+        raise InputError(error) from None
+    test = test[: run.eval_problems or None]
+    for name, problems in (("train_data", train), ("test_data", test)):
+        lengths = [len(prompt_ids(tokenizer, p["problem"])) for p in problems]
+        too_long = sum(n > method.max_prompt_tokens for n in lengths)
+        if too_long and run.long_prompts == "refuse":
+            raise InputError(
+                f"{too_long} of {len(problems)} prompts of {name} are longer than max_prompt_tokens={method.max_prompt_tokens} "
+                f"(the longest has {max(lengths)} tokens): raise it, or pass --long_prompts skip"
+            )
+        problems[:] = [p for p, n in zip(problems, lengths) if n <= method.max_prompt_tokens]
+        if not problems:
+            raise InputError(f"no prompt of {name} fits into max_prompt_tokens={method.max_prompt_tokens}: raise it")
+    return train, test
+
+
+def next_groups(problems: list[dict], tokenizer, position: int, count: int, seed: int) -> list[Group]:
+    """Problems position .. position + count of an endless stream that visits all of them in a new order each epoch."""
+    groups = []
+    for i in range(position, position + count):
+        epoch, index = divmod(i, len(problems))
+        p = problems[np.random.default_rng([seed, epoch]).permutation(len(problems))[index]]
+        groups.append(Group(p["problem"], p["answers"], prompt_ids(tokenizer, p["problem"])))
+    return groups
+
+
+# --- 2. Checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(out: Path, step: int, trainer: AttnRL, state: dict, keep: int) -> None:
+    """Write checkpoint-STEP aside, then rename it: a checkpoint under its final name is complete."""
+    aside, final = out / "checkpoint.partial", out / f"checkpoint-{step}"
+    shutil.rmtree(aside, ignore_errors=True)
+    trainer.model.save_pretrained(aside)
+    trainer.tokenizer.save_pretrained(aside)
+    rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    torch.save({"optimizer": trainer.optimizer.state_dict(), "rng": rng}, aside / "optimizer.pt")
+    state = state | {
+        "step": step, "sampler": vars(trainer.sampler), "totals": trainer.totals,
+        "planner_rng": trainer.rng.bit_generator.state, "pending": [asdict(g) for g in trainer.pending],
+    }  # fmt: skip
+    (aside / "state.json").write_text(json.dumps(state))
+    sizes = {p.name: p.stat().st_size for p in aside.iterdir()}
+    (aside / "files.json").write_text(json.dumps(sizes))
+    for path in aside.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    for old in checkpoints(out)[:-keep]:
+        shutil.rmtree(old)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def read_state(checkpoint: Path) -> dict:
+    """The checkpoint's state.json. Raises InputError if a file of it is missing, cut short or unreadable."""
+    try:
+        sizes = json.loads((checkpoint / "files.json").read_text())
+        wrong = [name for name, size in sizes.items() if (checkpoint / name).stat().st_size != size]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} changed size")
+        return json.loads((checkpoint / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{checkpoint} is damaged ({error}): delete it to resume from the one before, or the whole run to start again") from None
+
+
+def restore(trainer: AttnRL, checkpoint: Path, state: dict) -> None:
+    """Everything but the weights, which are loaded as the model is."""
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    trainer.optimizer.load_state_dict(saved["optimizer"])
+    vars(trainer.sampler).update(state["sampler"])
+    trainer.totals = state["totals"]
+    trainer.rng.bit_generator.state = state["planner_rng"]
+    trainer.pending = [Group(**g | {"rollouts": [Rollout(**r) for r in g["rollouts"]]}) for g in state["pending"]]
+    torch.set_rng_state(saved["rng"]["cpu"])
+    if "cuda" in saved["rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["rng"]["cuda"])
+
+
+def truncate_log(path: Path, lines: int) -> None:
+    """Drop what a stopped run logged after its checkpoint."""
+    if path.exists():
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
+
+
+# --- 3. Logs ----------------------------------------------------------------------------------------------------------
+
+
+def append(path: Path, record: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def describe_tree(group: Group, step: int, trainer: AttnRL) -> dict:
+    """A problem's tree as plain text and numbers, for rollouts.jsonl."""
+    from fci import split_steps
+
+    rollouts = []
+    for r in group.rollouts:
+        texts = [trainer.text_of(i) for i in r.ids]
+        changes = [0, *(i for i in range(1, len(r.ids)) if r.advantages and r.advantages[i] != r.advantages[i - 1]), len(r.ids)]
+        rollouts.append({
+            "family": r.family, "start": r.start, "reward": r.reward, "finished": r.finished,
+            "steps": ["".join(texts[a:b]) for a, b in split_steps(texts)], "step_starts": [a for a, _ in split_steps(texts)], "fci": r.fci,
+            "advantages": [[a, b, r.advantages[a]] for a, b in zip(changes, changes[1:])] if r.advantages else [],  # token spans
+        })  # fmt: skip
+    return {"step": step, "problem": group.problem, "answers": group.answers, "branches": group.branches, "rollouts": rollouts}
+
+
+def plot_curves(out: Path) -> None:
+    """curves.png: accuracy, entropy and length, batch composition, and where the time goes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    panels = {
+        "accuracy": ["test_accuracy", "reward"],
+        "shares": ["valid_tokens", "mc_valid", "rescued", "filtered"],
+        "entropy (nats a token)": ["entropy"],
+        "prompts a batch": ["batch_size", "valid_problems"],
+    }
+    for axis, (title, names) in zip(axes.flat, panels.items()):
+        for name in names:
+            points = [(r["total_tokens"] / 1000, r[name]) for r in records if r.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points), label=name, marker="o" if name == "test_accuracy" else None)
+        axis.set(title=title, xlabel="thousand generated tokens", ylim=(0, None))
+        axis.legend(frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out / "curves.png", dpi=120)
+    plt.close(figure)
+
+
+# --- 4. The run -------------------------------------------------------------------------------------------------------
+
+
+def train(run: RunConfig, method: MethodConfig) -> None:
+    out = Path(run.output_dir)
+    try:
+        tokenizer = load_tokenizer(run.model)
+        train_problems, test_problems = load_data(run, method, tokenizer)
+    except ValueError as error:
+        raise InputError(error) from None
+    resume, state = prepare_output(out, run, method)
+    if state.get("finished"):
+        print(f"{out} is complete (test accuracy {state['test_accuracy']:.1%}): delete it, or choose another --output_dir, to run again")
+        return
+
+    # ---- model, optimiser, engine
+    torch.manual_seed(run.seed)
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    autocast = torch.bfloat16 if run.autocast == "bfloat16" or (run.autocast == "auto" and device.type == "cuda") else None
+    model = load_model(str(resume or run.model)).to(device)
+    reference = load_model(run.model, autocast or torch.float32).to(device).requires_grad_(False) if method.kl_coef else None
+    if run.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=run.weight_decay)
+    longest = method.max_prompt_tokens + method.max_response_tokens
+    engine = make_engine(run.engine, run.model, tokenizer, model, longest, run.seed, run.gpu_memory)
+    trainer = AttnRL(method, model, reference, tokenizer, engine, optimizer, grade, run.seed, autocast)
+    position = 0  # in the stream of training problems
+    if resume:
+        restore(trainer, resume, state)
+        position = state["position"]
+        engine.load(model)
+    step = state.get("step", 0)
+
+    def test() -> dict:
+        with torch.random.fork_rng(), trainer.autocast():  # the same random numbers at every evaluation, none taken from training
+            torch.manual_seed(run.seed)
+            result = evaluate(engine, tokenizer, test_problems, samples=run.eval_samples, max_new_tokens=method.max_response_tokens, temperature=run.eval_temperature)
+        return {"test_accuracy": result["pass@1"], "test_tokens": result["mean_tokens"], "test_truncated": result["truncated"]}
+
+    def spent() -> bool:  # no new problems are sampled any more
+        return step + bool(trainer.pending) >= run.steps or bool(run.token_budget and trainer.totals["tokens"] >= run.token_budget)
+
+    def over() -> bool:
+        return spent() and not trainer.pending
+
+    def done() -> int:
+        return min(trainer.totals["tokens"], run.token_budget) if run.token_budget else step
+
+    # ---- steps
+    if not resume:
+        tested = test()
+        print(f"before training: {tested['test_accuracy']:.1%} of {len(test_problems)} held-out problems solved")
+        append(out / "metrics.jsonl", {"step": 0, **tested, "total_tokens": 0})
+        state = {"first_accuracy": tested["test_accuracy"], "log_lines": 1, "tree_lines": 0}
+    unit = "token" if run.token_budget else "step"
+    progress = tqdm(total=run.token_budget or run.steps, initial=done(), unit=unit, unit_scale=bool(run.token_budget), dynamic_ncols=True)
+    while not over():
+        count = 0 if spent() else trainer.sampler.batch_size
+        metrics, batch = trainer.step(next_groups(train_problems, tokenizer, position, count, run.seed))
+        position += count
+        step += bool(batch)
+
+        # ---- log, evaluate, save
+        record = {"step": step, **metrics}
+        if batch and (step % run.eval_every == 0 or over()):
+            record |= test()
+            state["test_accuracy"] = record["test_accuracy"]
+            progress.write(f"step {step:4d}: {record['test_accuracy']:.1%}")
+        append(out / "metrics.jsonl", record)
+        state["log_lines"] += 1
+        if batch:
+            append(out / "rollouts.jsonl", describe_tree(max(batch, key=lambda g: g.mixed() * len(g.rollouts)), step, trainer))
+            state["tree_lines"] += 1
+        if batch and (step % run.save_every == 0 or over()):
+            save_checkpoint(out, step, trainer, state | {"position": position, "finished": over()}, run.keep_checkpoints)
+            plot_curves(out)
+        progress.set_postfix(step=step, reward=f"{record.get('reward', float('nan')):.2f}", prompts=count, refresh=False)
+        progress.update(done() - progress.n)
+    progress.close()
+    engine.close()
+    print(f"{state['first_accuracy']:.1%} -> {state['test_accuracy']:.1%} of the held-out problems solved after {step} steps and {trainer.totals['tokens']:,} generated tokens")
+    print(f"see {out}/curves.png, metrics.jsonl, rollouts.jsonl and checkpoint-{step}/")
+
+
+def prepare_output(out: Path, run: RunConfig, method: MethodConfig) -> tuple[Path | None, dict]:
+    """Make the run's directory, or find the checkpoint to resume from: (checkpoint or None, its state). Raises InputError."""
+    config = asdict(run) | asdict(method)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / "config.json").exists():
+            before = json.loads((out / "config.json").read_text())
+            changed = [f"{name} ({before.get(name)} -> {value})" for name, value in config.items() if before.get(name) != value]
+            if changed:
+                raise InputError(f"{out} holds a run with other settings, {', '.join(changed)}: use them, or another --output_dir")
+        (out / "config.json").write_text(json.dumps(config, indent=2))
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}") from None
+    found = checkpoints(out)
+    state = read_state(found[-1]) if found else {}
+    for name, lines in (("metrics.jsonl", "log_lines"), ("rollouts.jsonl", "tree_lines")):
+        truncate_log(out / name, state.get(lines, 0))
+    if found and not state["finished"]:
+        print(f"resuming from {found[-1]}")
+    return (found[-1] if found else None), state
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", message=".*use_reentrant.*")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        train(*parse_config(sys.argv[1:]))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
