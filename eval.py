@@ -352,7 +352,7 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
 
     tokenizer = load_tokenizer(args.model)
     context = getattr(AutoConfig.from_pretrained(args.model).get_text_config(), "max_position_embeddings", None)
-    engine = make_engine(args.engine, args.model, tokenizer, seed=args.seed)
+    engine = make_engine(args.engine, args.model, tokenizer, max_tokens=min(context or math.inf, args.max_new_tokens + 4096), seed=args.seed, gpu_memory=0.9)
     settings = {name: getattr(args, name) for name in ("samples", "max_new_tokens", "temperature", "top_p")}
     print(f"{'benchmark':<24}{'Pass@1':>14}{f'Pass@{args.samples}':>9}{'tokens':>9}{'truncated':>11}")
     results = {}

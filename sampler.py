@@ -162,7 +162,7 @@ class TorchEngine:
     batch_tokens: rows x longest sequence of a batch, a memory knob. Requests of similar length share a batch.
     """
 
-    def __init__(self, model, tokenizer, batch_tokens: int = 65536):
+    def __init__(self, model, tokenizer, batch_tokens: int = 32768):
         self.model, self.batch_tokens = model, batch_tokens
         self.eos_ids = stop_ids(tokenizer, model.generation_config)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]

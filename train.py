@@ -13,12 +13,13 @@ Defaults are the paper's. An algorithm and a preset override some of them; flags
 The same command again resumes from the last complete checkpoint, to the same weights as a run that was never stopped.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import sys
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -99,6 +100,9 @@ def parse_config(argv: list[str]) -> tuple[RunConfig, MethodConfig]:
     run.output_dir = run.output_dir or f"runs/{run.algo}-{Path(run.model).name}-{run.seed}"
     try:
         method.check()
+        for name in ("steps", "eval_every", "eval_samples", "save_every", "keep_checkpoints", "lr"):
+            if getattr(run, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(run, name)}")
     except ValueError as error:
         raise InputError(error) from None
     return run, method
@@ -115,7 +119,7 @@ def load_data(run: RunConfig, method: MethodConfig, tokenizer) -> tuple[list[dic
         raise InputError(error) from None
     test = test[: run.eval_problems or None]
     for name, problems in (("train_data", train), ("test_data", test)):
-        lengths = [len(prompt_ids(tokenizer, p["problem"])) for p in problems]
+        lengths = [len(prompt_ids(tokenizer, p["problem"])) for p in tqdm(problems, desc=name, delay=2)]
         too_long = sum(n > method.max_prompt_tokens for n in lengths)
         if too_long and run.long_prompts == "refuse":
             raise InputError(
@@ -154,8 +158,7 @@ def save_checkpoint(out: Path, step: int, trainer: AttnRL, state: dict, keep: in
         "planner_rng": trainer.rng.bit_generator.state, "pending": [asdict(g) for g in trainer.pending],
     }  # fmt: skip
     (aside / "state.json").write_text(json.dumps(state))
-    sizes = {p.name: p.stat().st_size for p in aside.iterdir()}
-    (aside / "files.json").write_text(json.dumps(sizes))
+    (aside / "digests.json").write_text(json.dumps({p.name: digest(p) for p in aside.iterdir()}))
     for path in aside.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -165,6 +168,11 @@ def save_checkpoint(out: Path, step: int, trainer: AttnRL, state: dict, keep: in
         shutil.rmtree(old)
 
 
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def checkpoints(out: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
@@ -172,12 +180,12 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """The checkpoint's state.json. Raises InputError if a file of it is missing, cut short or unreadable."""
+    """The checkpoint's state.json, once every file is known to be as it was written. Raises InputError."""
     try:
-        sizes = json.loads((checkpoint / "files.json").read_text())
-        wrong = [name for name, size in sizes.items() if (checkpoint / name).stat().st_size != size]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)} changed size")
+        digests = json.loads((checkpoint / "digests.json").read_text())
+        changed = [name for name, expected in digests.items() if digest(checkpoint / name) != expected]
+        if changed:
+            raise ValueError(f"{', '.join(changed)} changed since it was written")
         return json.loads((checkpoint / "state.json").read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{checkpoint} is damaged ({error}): delete it to resume from the one before, or the whole run to start again") from None
@@ -194,12 +202,6 @@ def restore(trainer: AttnRL, checkpoint: Path, state: dict) -> None:
     torch.set_rng_state(saved["rng"]["cpu"])
     if "cuda" in saved["rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(saved["rng"]["cuda"])
-
-
-def truncate_log(path: Path, lines: int) -> None:
-    """Drop what a stopped run logged after its checkpoint."""
-    if path.exists():
-        path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
 
 
 # --- 3. Logs ----------------------------------------------------------------------------------------------------------
@@ -267,6 +269,8 @@ def train(run: RunConfig, method: MethodConfig) -> None:
     if state.get("finished"):
         print(f"{out} is complete (test accuracy {state['test_accuracy']:.1%}): delete it, or choose another --output_dir, to run again")
         return
+    if resume:
+        print(f"resuming from {resume}")
 
     # ---- model, optimiser, engine
     torch.manual_seed(run.seed)
@@ -342,23 +346,23 @@ def train(run: RunConfig, method: MethodConfig) -> None:
 
 def prepare_output(out: Path, run: RunConfig, method: MethodConfig) -> tuple[Path | None, dict]:
     """Make the run's directory, or find the checkpoint to resume from: (checkpoint or None, its state). Raises InputError."""
-    config = asdict(run) | asdict(method)
+    config, path = asdict(run) | asdict(method), out / "config.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if (out / "config.json").exists():
-            before = json.loads((out / "config.json").read_text())
-            changed = [f"{name} ({before.get(name)} -> {value})" for name, value in config.items() if before.get(name) != value]
-            if changed:
-                raise InputError(f"{out} holds a run with other settings, {', '.join(changed)}: use them, or another --output_dir")
-        (out / "config.json").write_text(json.dumps(config, indent=2))
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror}") from None
+        before = json.loads(path.read_text()) if path.exists() else config
+        path.write_text(json.dumps(config, indent=2))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot use {out} for the run: {error}") from None
+    changed = [f"{name} ({before.get(name)} -> {value})" for name, value in config.items() if before.get(name) != value]
+    if changed:
+        path.write_text(json.dumps(before, indent=2))
+        raise InputError(f"{out} holds a run with other settings, {', '.join(changed)}: use them, or another --output_dir")
     found = checkpoints(out)
     state = read_state(found[-1]) if found else {}
     for name, lines in (("metrics.jsonl", "log_lines"), ("rollouts.jsonl", "tree_lines")):
-        truncate_log(out / name, state.get(lines, 0))
-    if found and not state["finished"]:
-        print(f"resuming from {found[-1]}")
+        if (out / name).exists():  # drop what a stopped run logged after its checkpoint
+            kept = (out / name).read_text().splitlines(keepends=True)[: state.get(lines, 0)]
+            (out / name).write_text("".join(kept))
     return (found[-1] if found else None), state
 
 
