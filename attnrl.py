@@ -16,6 +16,7 @@ step on data laid out by verl; here a minibatch is a list of problems and its gr
 """
 
 import contextlib
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -196,6 +197,20 @@ def check_projection(model) -> None:
         raise ValueError(f"{type(model).__name__} changes its logits after the output layer (soft-capping or scaling), which token_logps does not reproduce")
 
 
+def timed(method):
+    """Adds the wall-clock seconds of a method to `self.seconds`, under time_NAME."""
+
+    @functools.wraps(method)
+    def wrapper(self, *args, **kwargs):
+        started = time.perf_counter()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.seconds[f"time_{method.__name__}"] += time.perf_counter() - started
+
+    return wrapper
+
+
 # --- The step ---------------------------------------------------------------------------------------------------------
 
 
@@ -218,7 +233,8 @@ class AttnRL:
         self.rng = np.random.default_rng(seed)
         self.pending: list[Group] = []  # sampled and planned, not yet branched
         self.autocast_dtype = autocast
-        self.texts: dict[int, str] = {}  # token id -> its text
+        self.text_of = functools.cache(lambda token_id: tokenizer.decode([token_id]))
+        self.seconds: dict[str, float] = defaultdict(float)  # of the current step
         self.totals = {"problems": 0, "updates": 0, "tokens": 0}
 
     def step(self, groups: list[Group]) -> tuple[dict, list[Group]]:
@@ -226,45 +242,34 @@ class AttnRL:
 
         Off-policy the batch due is that of the last call: empty in the first one, and the last call gets no groups.
         """
-        clock, started = Clock(), time.perf_counter()
-        if self.cfg.off_policy:
+        cfg, started = self.cfg, time.perf_counter()
+        self.seconds.clear()
+        if cfg.off_policy:
             batch, self.pending = self.pending, groups
-            with clock("generate"):
-                fresh = self.generate([*initial_jobs(groups, self.cfg), *branch_jobs(batch, self.cfg)])
+            self.grade(self.generate([*initial_jobs(groups, cfg), *branch_jobs(batch, cfg)]))
+            sampling = self.plan(groups)
         else:
-            batch, fresh = groups, []
-            with clock("generate"):
-                initial = self.generate(initial_jobs(groups, self.cfg))
-            with clock("grade"):
-                self.grade(initial)
-            with clock("score"):
-                sampling = self.plan(groups)
-            with clock("generate"):
-                fresh = self.generate(branch_jobs(batch, self.cfg))
-        with clock("grade"):
-            self.grade(fresh)
-        with clock("score"):
-            if self.cfg.off_policy:
-                sampling = self.plan(groups)
-            branched = [(g, r) for g in batch for r in g.rollouts if r.start > 0]
-            self.score(branched)
+            batch = groups
+            self.grade(self.generate(initial_jobs(groups, cfg)))
+            sampling = self.plan(groups)
+            self.grade(self.generate(branch_jobs(groups, cfg)))
+        self.score([(g, r) for g in batch for r in g.rollouts if r.start > 0])
 
         useful = self.assign_advantages(batch)
-        with clock("update"):
-            training = self.update(useful)
-        with clock("sync"):
-            if useful:
-                self.engine.load(self.model)
+        training = self.update(useful)
+        if useful:
+            self.push()
         n_useful = sum(any(r.advantages) for g in useful for r in g.rollouts)
-        if self.cfg.adaptive_batch and batch:
-            self.sampler.resize(self.cfg.target_sequences, n_useful, self.cfg.batch_decay, self.cfg.min_batch_size, self.cfg.max_batch_size)
+        if cfg.adaptive_batch and batch:
+            self.sampler.resize(cfg.target_sequences, n_useful, cfg.batch_decay, cfg.min_batch_size, cfg.max_batch_size)
         self.totals["problems"] += len(groups)
         metrics = {**sampling, **batch_metrics(batch, useful), **training, "next_batch_size": self.sampler.batch_size}
-        metrics |= {f"time_{name}": seconds for name, seconds in clock.seconds.items()}
-        return metrics | {"time_step": time.perf_counter() - started} | {f"total_{k}": v for k, v in self.totals.items()}, batch
+        times = {**self.seconds, "time_step": time.perf_counter() - started}
+        return metrics | times | {f"total_{name}": count for name, count in self.totals.items()}, batch
 
     # -- 1. generate and grade
 
+    @timed
     def generate(self, jobs: list[tuple[Group, int, int]]) -> list[tuple[Group, Rollout]]:
         """One generation call. A job is (group, family, start): sample on from token `start` of that initial response."""
         if not jobs:
@@ -281,12 +286,14 @@ class AttnRL:
             self.totals["tokens"] += len(response.ids)
         return fresh
 
+    @timed
     def grade(self, fresh: list[tuple[Group, Rollout]]) -> None:
         for group, rollout in fresh:
             rollout.reward = float(self.reward_fn(self.tokenizer.decode(rollout.ids), group.answers))
 
     # -- 2. score and plan
 
+    @timed
     @torch.no_grad()
     def score(self, fresh: list[tuple[Group, Rollout]], with_fci: bool = False) -> list[tuple[np.ndarray, list]]:
         """Set `logps` (and `fci`) of rollouts under the current policy; return their (entropies, steps). One forward pass."""
@@ -361,6 +368,7 @@ class AttnRL:
 
     # -- 4. update
 
+    @timed
     def update(self, groups: list[Group]) -> dict:
         """One pass over the problems in minibatches; returns metrics averaged over tokens."""
         totals: dict[str, float] = defaultdict(float)
@@ -402,17 +410,15 @@ class AttnRL:
             sums["kl"] += kl.sum().item()
         return sums
 
-    # -- helpers
+    @timed
+    def push(self) -> None:
+        """Give the engine the new weights."""
+        self.engine.load(self.model)
 
     def autocast(self):
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, self.autocast_dtype)
-
-    def text_of(self, token_id: int) -> str:
-        if token_id not in self.texts:
-            self.texts[token_id] = self.tokenizer.decode([token_id])
-        return self.texts[token_id]
 
 
 def initial_jobs(groups: list[Group], cfg: MethodConfig) -> list[tuple[Group, int, int]]:
@@ -444,16 +450,3 @@ def batch_metrics(batch: list[Group], useful: list[Group]) -> dict:
         "problem_initial_reward": [float(np.mean(g.initial_rewards)) for g in batch],
         "problem_valid": [g.mixed() for g in batch],
     }
-
-
-class Clock:
-    """Wall-clock seconds by name: `with clock("generate"): ...`"""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextlib.contextmanager
-    def __call__(self, name: str):
-        started = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - started

@@ -278,11 +278,11 @@ def _problem(row: object, where: str) -> dict:
 # --- 5. Sampling, scores and the command line ------------------------------------------------------------------------
 
 
-def evaluate(engine, tokenizer, problems, *, samples, max_new_tokens, temperature, top_p=1.0, context=None, on_progress=None) -> dict:
+def evaluate(engine, tokenizer, problems, *, samples, max_new_tokens, temperature, top_p=1.0, context=math.inf) -> dict:
     """Sample every problem `samples` times in one generate call and grade; the result can be written as JSON.
 
-    `context` is the model's context length in tokens, if known: a response gets at most what its prompt leaves of it.
-    `on_progress(done, total)` is called after each graded sample. Raises ValueError for a prompt longer than `context`.
+    `context` is the model's context length in tokens: a response gets at most what its prompt leaves of it.
+    Raises ValueError for a prompt longer than `context`.
 
     "pass@1" is the mean correctness, "stderr" its standard error over problems (None for one problem: samples of a
     problem are not independent), "pass@k" is unbiased with k = samples, "mean_tokens" the response length, "truncated"
@@ -293,7 +293,7 @@ def evaluate(engine, tokenizer, problems, *, samples, max_new_tokens, temperatur
     requests = []
     for problem in problems:
         ids = prompt_ids(tokenizer, problem["problem"])
-        limit = min(max_new_tokens, (context or math.inf) - len(ids))
+        limit = min(max_new_tokens, context - len(ids))
         if limit < 1:
             raise ValueError(f"{problem['problem'][:60]!r} has {len(ids)} tokens, the model's context {context}; leave it out")
         requests += [Request(ids, limit)] * samples
@@ -304,8 +304,6 @@ def evaluate(engine, tokenizer, problems, *, samples, max_new_tokens, temperatur
         problem = problems[i // samples]
         text = tokenizer.decode(response.ids, skip_special_tokens=False)  # some tokenizers hold `</think>` as a special token
         details.append({**problem, "response": text, "correct": grade(text, problem["answers"]), "tokens": len(response.ids)})
-        if on_progress:
-            on_progress(i + 1, len(responses))
     n_correct = [sum(d["correct"] for d in details[i : i + samples]) for i in range(0, len(details), samples)]
     per_problem = [c / samples for c in n_correct]
     return {
@@ -347,12 +345,13 @@ def parse_args() -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict[str, dict]:
     """Evaluate each benchmark of `args.data`, print the table; {source: result of `evaluate`}. ValueError for bad input."""
     benchmarks = {source: load_problems(source, args.split)[: args.limit] for source in args.data}  # before the weights are read
-    from sampler import load_tokenizer, make_engine
-    from transformers import AutoConfig
+    from sampler import context_length, load_tokenizer, make_engine
+    from transformers.utils import logging
 
-    tokenizer = load_tokenizer(args.model)
-    context = getattr(AutoConfig.from_pretrained(args.model).get_text_config(), "max_position_embeddings", None)
-    engine = make_engine(args.engine, args.model, tokenizer, max_tokens=min(context or math.inf, args.max_new_tokens + 4096), seed=args.seed, gpu_memory=0.9)
+    logging.disable_progress_bar()  # of loading the weights
+    tokenizer, context = load_tokenizer(args.model), context_length(args.model)
+    longest = min(context, args.max_new_tokens + 4096)  # tokens of a prompt and its response
+    engine = make_engine(args.engine, args.model, tokenizer, max_tokens=longest, seed=args.seed, gpu_memory=0.9)
     settings = {name: getattr(args, name) for name in ("samples", "max_new_tokens", "temperature", "top_p")}
     print(f"{'benchmark':<24}{'Pass@1':>14}{f'Pass@{args.samples}':>9}{'tokens':>9}{'truncated':>11}")
     results = {}

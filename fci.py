@@ -20,8 +20,8 @@ division by the step's length follows in fp32.
     model(input_ids, fci=scores)       # the same pass yields logits; no second one is needed
     scores.values                      # (B, S)
 
-It works for every decoder that uses the interface (grouped queries and sliding windows included), without a line
-about any of them. Batches are right-padded and need no padding mask: causality hides the padding.
+It works for every decoder that uses the interface, grouped queries and sliding windows included, without a line about any of them;
+soft-capped attention and attention sinks are refused, since the fused kernels have neither. Batches are right-padded and need no padding mask: causality hides the padding.
 
 Differences from the paper, all from the released code: steps fall back to single line breaks, then to tokens; the prompt,
 the first step, and everything from the last `</think>` on score 0. The released code copies a transformers model file
@@ -127,12 +127,14 @@ def fci_scores(values: torch.Tensor, n_scored: int, n_steps: int) -> torch.Tenso
     values: (S,), a row of `FCI.values`; n_scored: of `count_scored_steps`; n_steps: T.
     """
     scores = values[1 : n_steps + 1].clone()
-    scores[0] = 0
+    scores[:1] = 0
     scores[n_scored:] = 0
     return scores
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, fci: FCI | None = None, **kwargs):
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ValueError(f"{type(module).__name__} caps its attention scores or has attention sinks, which fused attention would silently drop")
     if fci is not None:
         with torch.no_grad():
             fci.add_layer(query, key, attention_mask, scaling)

@@ -15,12 +15,12 @@ is ever tokenised twice. Log-probabilities are of the distribution that was samp
 import importlib.util
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
@@ -29,6 +29,8 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+
+import fci  # noqa: F401  registers the attention that load_model asks for
 
 PROMPT = "{problem} Let's think step by step and output the final answer within \\boxed{{}}."  # the paper's
 
@@ -101,27 +103,38 @@ class Response:
 
 
 def load_tokenizer(model: str):
-    """Tokenizer of a local directory or hub name, with a chat template. Raises ValueError in one sentence."""
+    """Fast tokenizer of a local directory or hub name, with a chat template. Raises ValueError in one sentence."""
     try:
         # Not AutoTokenizer: for some model types it replaces what tokenizer.json says by what the type usually has.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
-    except Exception as error:  # transformers raises many kinds, each pages long
-        kind = "no such directory or model" if not os.path.isdir(model) else "the directory holds no tokenizer that loads"
-        raise ValueError(f"cannot load the tokenizer of model {model!r}: {kind} ({type(error).__name__}); pass a local directory or a reachable hub name") from None
+    except Exception as error:  # transformers raises many kinds, some pages long
+        raise ValueError(_cannot_load("tokenizer", model, error)) from None
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {model!r} has no chat template: the prompt needs one (an instruction-tuned model has it)")
+        raise ValueError(f"the tokenizer of {model!r} has no chat template: the prompt needs one, as instruction-tuned models have")
     return tokenizer
 
 
 def load_model(model: str, dtype: torch.dtype = torch.float32):
     """Causal language model with the `fci` attention of fci.py. Raises ValueError in one sentence."""
-    import fci  # noqa: F401  registers the attention function
-
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="fci")
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="fci").eval()
     except Exception as error:
-        raise ValueError(f"cannot load model {model!r}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
-    return loaded.eval()
+        raise ValueError(_cannot_load("model", model, error)) from None
+
+
+def context_length(model: str) -> float:
+    """Positions the model of a directory or hub name was made for; infinite if its configuration does not say."""
+    try:
+        config = AutoConfig.from_pretrained(model).get_text_config()
+    except Exception as error:
+        raise ValueError(_cannot_load("configuration", model, error)) from None
+    return getattr(config, "max_position_embeddings", None) or math.inf
+
+
+def _cannot_load(what: str, model: str, error: Exception) -> str:
+    if os.path.isdir(model):
+        return f"the directory {model!r} holds no {what} that loads ({type(error).__name__}): it needs the files that save_pretrained writes"
+    return f"cannot load the {what} of {model!r} ({type(error).__name__}): there is no such directory, and no such model on the hub within reach"
 
 
 def prompt_ids(tokenizer, problem: str) -> list[int]:
@@ -166,25 +179,19 @@ class TorchEngine:
         self.model, self.batch_tokens = model, batch_tokens
         self.eos_ids = stop_ids(tokenizer, model.generation_config)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
-        # The model's own generation settings (repetition penalty, top-k, ...) would silently change what is sampled.
-        model.generation_config = GenerationConfig(eos_token_id=self.eos_ids, pad_token_id=self.pad_id)
 
     @torch.no_grad()
-    def generate(self, requests: list[Request], temperature: float = 1.0, top_p: float = 1.0, on_progress: Callable[[int], None] | None = None) -> list[Response]:
+    def generate(self, requests: list[Request], temperature: float = 1.0, top_p: float = 1.0) -> list[Response]:
         """Sample one response a request, in the order of the requests. temperature 0 is greedy."""
         self.model.eval()
-        responses: list[Response | None] = [None] * len(requests)
+        responses: dict[int, Response] = {}
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         while order:
-            batch = [order.pop()]  # the longest prompt left; prompts of similar length follow
-            width = len(requests[batch[0]].prompt_ids) + max(requests[i].max_new_tokens for i in [*order, *batch])
-            while order and (len(batch) + 1) * width <= self.batch_tokens:
-                batch.append(order.pop())
-            for i, response in zip(batch, self._generate_batch([requests[i] for i in batch], temperature, top_p)):
-                responses[i] = response
-            if on_progress:
-                on_progress(len(batch))
-        return responses
+            width = len(requests[order[-1]].prompt_ids) + max(requests[i].max_new_tokens for i in order)
+            rows = max(1, self.batch_tokens // width)
+            batch, order = order[-rows:], order[:-rows]  # the longest prompts left
+            responses |= zip(batch, self._generate_batch([requests[i] for i in batch], temperature, top_p))
+        return [responses[i] for i in range(len(requests))]
 
     def _generate_batch(self, requests, temperature, top_p) -> list[Response]:
         device = self.model.device
@@ -200,10 +207,15 @@ class TorchEngine:
             processors.append(TemperatureLogitsWarper(temperature))
         if top_p < 1:
             processors.append(TopPLogitsWarper(top_p))
+        # The model's own settings (repetition penalty, top-k, ...) would silently change what is sampled.
+        settings = GenerationConfig(eos_token_id=self.eos_ids, pad_token_id=self.pad_id, do_sample=temperature > 0, max_new_tokens=int(budgets.max()))
+        if temperature > 0:
+            settings.update(temperature=1.0, top_p=1.0, top_k=0)
+        own, self.model.generation_config = self.model.generation_config, settings
         output = self.model.generate(
-            ids.to(device), attention_mask=mask.to(device), do_sample=temperature > 0, temperature=1.0, top_p=1.0, top_k=0,
-            max_new_tokens=int(budgets.max()), stopping_criteria=[_Budgets(longest, budgets)], logits_processor=[*processors, recorder],
-        )  # fmt: skip
+            ids.to(device), attention_mask=mask.to(device), stopping_criteria=[_Budgets(longest, budgets)], logits_processor=[*processors, recorder]
+        )
+        self.model.generation_config = own
         recorder(output, recorder.distribution)  # the last token drawn
         sampled, logps = output[:, longest:].tolist(), torch.cat(recorder.logps, dim=1).tolist()
         return [self._trim(row, row_logps, r.max_new_tokens) for row, row_logps, r in zip(sampled, logps, requests)]
@@ -272,14 +284,16 @@ def stop_ids(tokenizer, generation_config: GenerationConfig) -> list[int]:
     return sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
 
 
-def make_engine(name: str, model_name: str, tokenizer, model=None, max_tokens: int = 4096, seed: int = 0, gpu_memory: float = 0.4):
-    """name: "torch", "vllm", or "auto": vllm where it is installed and CUDA is there.
-
-    model: what the torch engine samples from; None loads `model_name`.
-    """
+def resolve_engine(name: str) -> str:
+    """"torch" or "vllm"; for "auto" vllm where it is installed and CUDA is there. ValueError if vLLM is wanted but missing."""
     installed = importlib.util.find_spec("vllm") is not None
     if name == "vllm" and not installed:
         raise ValueError("engine=vllm needs vLLM: pip install -r requirements-gpu.txt, or pass --engine torch")
-    if name == "vllm" or (name == "auto" and installed and torch.cuda.is_available()):
+    return ("vllm" if installed and torch.cuda.is_available() else "torch") if name == "auto" else name
+
+
+def make_engine(name: str, model_name: str, tokenizer, model=None, max_tokens: int = 4096, seed: int = 0, gpu_memory: float = 0.4):
+    """The engine that `resolve_engine(name)` says. model: what the torch engine samples from; None loads `model_name`."""
+    if resolve_engine(name) == "vllm":
         return VLLMEngine(model_name, tokenizer, max_tokens, seed, gpu_memory)
     return TorchEngine(model if model is not None else load_model(model_name), tokenizer)

@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from attnrl import AttnRL, Group, MethodConfig, Rollout
 from eval import evaluate, grade, load_problems
-from sampler import load_model, load_tokenizer, make_engine, prompt_ids
+from sampler import context_length, load_model, load_tokenizer, make_engine, prompt_ids, resolve_engine
 
 HERE = Path(__file__).parent
 
@@ -93,16 +93,18 @@ class Parser(HfArgumentParser):
 def parse_config(argv: list[str]) -> tuple[RunConfig, MethodConfig]:
     """Defaults < preset < algorithm < flags."""
     parser = Parser((RunConfig, MethodConfig), description=__doc__.split("\n")[0], allow_abbrev=False)
-    run, _ = parser.parse_args_into_dataclasses(argv)
+    run, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]}")
     name = Path(run.model).name if run.preset == "auto" else run.preset
     parser.set_defaults(**PRESETS.get(name, {}) | ALGORITHMS[run.algo])
     run, method = parser.parse_args_into_dataclasses(argv)
     run.output_dir = run.output_dir or f"runs/{run.algo}-{Path(run.model).name}-{run.seed}"
+    for name in ("steps", "eval_every", "eval_samples", "save_every", "keep_checkpoints", "lr"):
+        if getattr(run, name) <= 0:
+            raise InputError(f"{name} must be above 0, got {getattr(run, name)}")
     try:
         method.check()
-        for name in ("steps", "eval_every", "eval_samples", "save_every", "keep_checkpoints", "lr"):
-            if getattr(run, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(run, name)}")
     except ValueError as error:
         raise InputError(error) from None
     return run, method
@@ -112,23 +114,23 @@ def parse_config(argv: list[str]) -> tuple[RunConfig, MethodConfig]:
 
 
 def load_data(run: RunConfig, method: MethodConfig, tokenizer) -> tuple[list[dict], list[dict]]:
-    """Training and held-out problems, with every prompt known to fit. Raises InputError."""
-    try:
-        train, test = load_problems(run.train_data, "train"), load_problems(run.test_data, "test")
-    except ValueError as error:
-        raise InputError(error) from None
+    """Training and held-out problems, with every prompt and response known to fit. Raises ValueError."""
+    needed, context = method.max_prompt_tokens + method.max_response_tokens, context_length(run.model)
+    if needed > context:
+        raise ValueError(f"max_prompt_tokens + max_response_tokens = {needed} exceeds the model's context of {context} tokens: lower one of them")
+    train, test = load_problems(run.train_data, "train"), load_problems(run.test_data, "test")
     test = test[: run.eval_problems or None]
     for name, problems in (("train_data", train), ("test_data", test)):
         lengths = [len(prompt_ids(tokenizer, p["problem"])) for p in tqdm(problems, desc=name, delay=2)]
         too_long = sum(n > method.max_prompt_tokens for n in lengths)
         if too_long and run.long_prompts == "refuse":
-            raise InputError(
+            raise ValueError(
                 f"{too_long} of {len(problems)} prompts of {name} are longer than max_prompt_tokens={method.max_prompt_tokens} "
                 f"(the longest has {max(lengths)} tokens): raise it, or pass --long_prompts skip"
             )
         problems[:] = [p for p, n in zip(problems, lengths) if n <= method.max_prompt_tokens]
         if not problems:
-            raise InputError(f"no prompt of {name} fits into max_prompt_tokens={method.max_prompt_tokens}: raise it")
+            raise ValueError(f"no prompt of {name} fits into max_prompt_tokens={method.max_prompt_tokens}: raise it")
     return train, test
 
 
@@ -192,7 +194,8 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def restore(trainer: AttnRL, checkpoint: Path, state: dict) -> None:
-    """Everything but the weights, which are loaded as the model is."""
+    """Everything but the weights, which `build` loads; the engine gets those too."""
+    trainer.engine.load(trainer.model)
     saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     trainer.optimizer.load_state_dict(saved["optimizer"])
     vars(trainer.sampler).update(state["sampler"])
@@ -259,44 +262,30 @@ def plot_curves(out: Path) -> None:
 
 
 def train(run: RunConfig, method: MethodConfig) -> None:
+    """One run, from checked input to the last checkpoint. Raises InputError before anything is trained."""
     out = Path(run.output_dir)
     try:
+        run.engine = resolve_engine(run.engine)
         tokenizer = load_tokenizer(run.model)
         train_problems, test_problems = load_data(run, method, tokenizer)
+        checkpoint, state = prepare_output(out, run, method)
+        if state.get("finished"):
+            print(f"{out} is complete (test accuracy {state['test_accuracy']:.1%}): delete it, or choose another --output_dir, to run again")
+            return
+        trainer = build(run, method, tokenizer, checkpoint)
     except ValueError as error:
         raise InputError(error) from None
-    resume, state = prepare_output(out, run, method)
-    if state.get("finished"):
-        print(f"{out} is complete (test accuracy {state['test_accuracy']:.1%}): delete it, or choose another --output_dir, to run again")
-        return
-    if resume:
-        print(f"resuming from {resume}")
-
-    # ---- model, optimiser, engine
-    torch.manual_seed(run.seed)
-    if run.threads:
-        torch.set_num_threads(run.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    autocast = torch.bfloat16 if run.autocast == "bfloat16" or (run.autocast == "auto" and device.type == "cuda") else None
-    model = load_model(str(resume or run.model)).to(device)
-    reference = load_model(run.model, autocast or torch.float32).to(device).requires_grad_(False) if method.kl_coef else None
-    if run.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=run.weight_decay)
-    longest = method.max_prompt_tokens + method.max_response_tokens
-    engine = make_engine(run.engine, run.model, tokenizer, model, longest, run.seed, run.gpu_memory)
-    trainer = AttnRL(method, model, reference, tokenizer, engine, optimizer, grade, run.seed, autocast)
-    position = 0  # in the stream of training problems
-    if resume:
-        restore(trainer, resume, state)
-        position = state["position"]
-        engine.load(model)
-    step = state.get("step", 0)
+    size = sum(p.numel() for p in trainer.model.parameters())
+    print(f"{run.algo}: {run.model}, {size:,} parameters on {trainer.model.device}; {len(train_problems)} problems; engine {run.engine}")
+    if checkpoint:
+        print(f"resuming from {checkpoint}")
+        restore(trainer, checkpoint, state)
+    step, position = state.get("step", 0), state.get("position", 0)  # position in the stream of training problems
 
     def test() -> dict:
         with torch.random.fork_rng(), trainer.autocast():  # the same random numbers at every evaluation, none taken from training
             torch.manual_seed(run.seed)
-            result = evaluate(engine, tokenizer, test_problems, samples=run.eval_samples, max_new_tokens=method.max_response_tokens, temperature=run.eval_temperature)
+            result = evaluate(trainer.engine, tokenizer, test_problems, samples=run.eval_samples, max_new_tokens=method.max_response_tokens, temperature=run.eval_temperature)
         return {"test_accuracy": result["pass@1"], "test_tokens": result["mean_tokens"], "test_truncated": result["truncated"]}
 
     def spent() -> bool:  # no new problems are sampled any more
@@ -309,7 +298,7 @@ def train(run: RunConfig, method: MethodConfig) -> None:
         return min(trainer.totals["tokens"], run.token_budget) if run.token_budget else step
 
     # ---- steps
-    if not resume:
+    if not checkpoint:
         tested = test()
         print(f"before training: {tested['test_accuracy']:.1%} of {len(test_problems)} held-out problems solved")
         append(out / "metrics.jsonl", {"step": 0, **tested, "total_tokens": 0})
@@ -339,9 +328,26 @@ def train(run: RunConfig, method: MethodConfig) -> None:
         progress.set_postfix(step=step, reward=f"{record.get('reward', float('nan')):.2f}", prompts=count, refresh=False)
         progress.update(done() - progress.n)
     progress.close()
-    engine.close()
+    trainer.engine.close()
     print(f"{state['first_accuracy']:.1%} -> {state['test_accuracy']:.1%} of the held-out problems solved after {step} steps and {trainer.totals['tokens']:,} generated tokens")
     print(f"see {out}/curves.png, metrics.jsonl, rollouts.jsonl and checkpoint-{step}/")
+
+
+def build(run: RunConfig, method: MethodConfig, tokenizer, checkpoint: Path | None) -> AttnRL:
+    """Model, reference, optimiser and engine. Weights come from the checkpoint, if there is one."""
+    torch.manual_seed(run.seed)
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    autocast = torch.bfloat16 if run.autocast == "bfloat16" or (run.autocast == "auto" and device.type == "cuda") else None
+    model = load_model(str(checkpoint or run.model)).to(device)
+    reference = load_model(run.model, autocast or torch.float32).to(device).requires_grad_(False) if method.kl_coef else None
+    if run.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=run.weight_decay)
+    longest = method.max_prompt_tokens + method.max_response_tokens
+    engine = make_engine(run.engine, run.model, tokenizer, model, longest, run.seed, run.gpu_memory)
+    return AttnRL(method, model, reference, tokenizer, engine, optimizer, grade, run.seed, autocast)
 
 
 def prepare_output(out: Path, run: RunConfig, method: MethodConfig) -> tuple[Path | None, dict]:

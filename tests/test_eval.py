@@ -325,9 +325,8 @@ PROBLEMS = [{"problem": "abc", "answers": ["1"]}, {"problem": "defgh", "answers"
 
 def test_evaluate(fake_sampler):
     engine = ScriptedEngine([r"\boxed{1}", "so...", r"\boxed{2}</think>\boxed{3}<eos>", r"\boxed{2}"])
-    progress = []
     settings = dict(samples=2, max_new_tokens=10, temperature=0.6, top_p=0.9, context=14)
-    result = evaluate(engine, CharTokenizer(), PROBLEMS, **settings, on_progress=lambda *state: progress.append(state))
+    result = evaluate(engine, CharTokenizer(), PROBLEMS, **settings)
     assert ["".join(map(chr, r.prompt_ids)) for r in engine.requests] == ["abc", "abc", "defgh", "defgh"]
     assert [r.max_new_tokens for r in engine.requests] == [10, 10, 9, 9]  # 14 - 5 < 10
     assert engine.calls == [(0.6, 0.9)]
@@ -336,7 +335,6 @@ def test_evaluate(fake_sampler):
     assert result["mean_tokens"] == (9 + 5 + 31 + 9) / 4 and result["truncated"] == 0.25 and result["timeouts"] == 0
     assert [d["correct"] for d in result["samples_detail"]] == [True, False, True, True]
     assert result["samples_detail"][1] == {"problem": "abc", "answers": ["1"], "response": "so...", "correct": False, "tokens": 5}
-    assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert json.loads(json.dumps(result)) == result
 
 

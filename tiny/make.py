@@ -33,6 +33,7 @@ MOD = 7
 LABELS = "abcdefghijklm"
 MIN_STEPS, MAX_STEPS = 9, 12  # computed variables a problem
 MIN_DISTANCE = 4  # variables between a pivotal step and the steps that copy it
+N_TRAIN, N_TEST = 4000, 1000  # problems
 P_FILLER = 0.45  # probability that a filler step precedes a computed one
 P_WAIT = 0.1  # probability that the teacher notices a wrong result
 P_FACT_WRONG, P_RIGHT, P_FIXED = 1 / 3, 0.2, 0.65  # share of bad facts; how often a bad fact still comes out right, or as its fixed error
@@ -165,14 +166,15 @@ def make_tokenizer():
     )  # fmt: skip
 
 
-def make_model(tokenizer, seed: int, layers=3, hidden=64, ffn=256, heads=4):
+def make_model(tokenizer, seed: int):
+    """A random Llama. Heads are 32 wide, the least that vLLM's kernels take."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
-            num_attention_heads=heads, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=False,
             initializer_range=0.08, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
@@ -184,8 +186,8 @@ def prompt_text(tokenizer, problem: Problem) -> str:
     return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
 
 
-def warm_start(model, tokenizer, seed: int, updates: int, plain: float, lr: float, batch: int = 32):
-    """Supervised learning on the teacher's solutions: first without filler steps, then with them."""
+def warm_start(model, tokenizer, seed: int, updates: int = 1500, plain: float = 0.2, lr: float = 3e-3, batch: int = 32):
+    """Supervised learning on the teacher's solutions: for the share `plain` of the updates without filler steps, then with them."""
     rng, teacher = random.Random(seed), Teacher(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, updates, pct_start=0.05)
@@ -225,32 +227,27 @@ def main():
     here = Path(__file__).parent
     parser.add_argument("--out", type=Path, default=here)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--updates", type=int, default=2000)
-    parser.add_argument("--plain", type=float, default=0.2)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--n_train", type=int, default=4000)
-    parser.add_argument("--n_test", type=int, default=1000)
     args = parser.parse_args()
 
+    torch.set_num_threads(1)  # the same sums in the same order on every machine
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer, args.seed, args.layers, args.hidden, 4 * args.hidden)
+    model = make_model(tokenizer, args.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary")
 
     rng = random.Random(args.seed + 1)
     problems = {}
-    while len(problems) < args.n_train + args.n_test:
+    while len(problems) < N_TRAIN + N_TEST:
         problem = make_problem(rng)
         problems[problem.text] = str(list(problem.values().values())[-1])
     rows = [json.dumps({"problem": text, "answer": answer}) for text, answer in problems.items()]
-    (args.out / "train.jsonl").write_text("\n".join(rows[: args.n_train]) + "\n")
-    (args.out / "test.jsonl").write_text("\n".join(rows[args.n_train :]) + "\n")
+    (args.out / "train.jsonl").write_text("\n".join(rows[:N_TRAIN]) + "\n")
+    (args.out / "test.jsonl").write_text("\n".join(rows[N_TRAIN:]) + "\n")
 
-    warm_start(model, tokenizer, args.seed, args.updates, args.plain, args.lr)
+    warm_start(model, tokenizer, args.seed)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    print(f"wrote {args.out}; `python eval.py --model {args.out}` says what it solves")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,273 @@
+"""The loss by hand, exact gradients, and the order of events in a step."""
+
+import math
+
+import pytest
+import torch
+from conftest import TINY
+
+import attnrl
+from attnrl import AttnRL, Group, MethodConfig, Rollout, initial_jobs, pack, policy_loss, token_logps
+from eval import grade, load_problems
+from sampler import TorchEngine, load_model, prompt_ids
+from tree import tree_advantages
+
+SMALL = dict(batch_size=4, min_batch_size=2, max_batch_size=8, target_sequences=40, group_size=4, max_prompt_tokens=128, max_response_tokens=128, minibatch_prompts=2)
+
+
+class CountingEngine(TorchEngine):
+    """Remembers the requests of every call."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.calls = []
+
+    def generate(self, requests, **kwargs):
+        self.calls.append(requests)
+        return super().generate(requests, **kwargs)
+
+
+def make_trainer(model, tokenizer, reward_fn=grade, lr=1e-3, **fields):
+    cfg = MethodConfig(**SMALL | fields)
+    reference = load_model(str(TINY)).requires_grad_(False) if cfg.kl_coef else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    torch.manual_seed(0)
+    return AttnRL(cfg, model, reference, tokenizer, CountingEngine(model, tokenizer), optimizer, reward_fn)
+
+
+def make_groups(tokenizer, count=4, first=0):
+    problems = load_problems(str(TINY / "train.jsonl"))[first : first + count]
+    return [Group(p["problem"], p["answers"], prompt_ids(tokenizer, p["problem"])) for p in problems]
+
+
+# --- loss
+
+
+def test_policy_loss_by_hand():
+    ratio = torch.tensor([1.0, 2.0, 2.0, 0.5, 0.5])
+    advantages = torch.tensor([3.0, 1.0, -1.0, 1.0, -1.0])
+    logps = ratio.log().requires_grad_()
+    ref_logps = torch.tensor([0.0, 0.0, math.log(2), 0.0, 0.0])
+    loss, clipped, kl = policy_loss(logps, torch.zeros(5), ref_logps, advantages, clip_low=0.2, clip_high=0.28, kl_coef=0.1)
+    # k3 = exp(r) - r - 1 with r = log(ref / policy): ratios 1, 1/2, 1, 2, 2
+    expected_kl = torch.tensor([0.0, 0.5 + math.log(2) - 1, 0.0, 1 - math.log(2), 1 - math.log(2)])
+    torch.testing.assert_close(kl, expected_kl)
+    torch.testing.assert_close(loss.detach(), torch.tensor([-3.0, -1.28, 2.0, -0.5, 0.8]) + 0.1 * expected_kl)
+    assert clipped.tolist() == [False, True, False, False, True]
+
+
+def test_clipped_tokens_have_no_policy_gradient():
+    logps = torch.tensor([math.log(2.0), math.log(0.5), 0.0], requires_grad=True)
+    loss, _, _ = policy_loss(logps, torch.zeros(3), None, torch.tensor([1.0, -1.0, 2.0]), 0.2, 0.28, 0.0)
+    loss.sum().backward()
+    assert logps.grad.tolist() == [0.0, 0.0, -2.0]
+
+
+def test_first_gradient_is_reinforce_on_full_logits(tiny_model, tiny_tokenizer):
+    """Where the ratio is 1 and there is no KL, the gradient is -sum(A grad log p) / N: checked against plain logits, one row at a time."""
+    trainer = make_trainer(tiny_model, tiny_tokenizer, kl_coef=0.0, off_policy=False)
+    rollouts = scored_rollouts(trainer)
+    n = sum(len(r.ids) for _, r in rollouts)
+    trainer.accumulate(rollouts, n)
+    ours = [p.grad.clone() for p in tiny_model.parameters()]
+    tiny_model.zero_grad()
+    for group, r in rollouts:
+        ids = torch.tensor([group.prompt_ids + r.ids])
+        logps = tiny_model(ids).logits[0, len(group.prompt_ids) - 1 : -1].log_softmax(-1)
+        picked = logps.gather(1, torch.tensor(r.ids)[:, None])[:, 0]
+        (-(torch.tensor(r.advantages) * picked).sum() / n).backward()
+    for a, p in zip(ours, tiny_model.parameters()):
+        torch.testing.assert_close(a, p.grad, atol=1e-6, rtol=1e-4)
+
+
+def scored_rollouts(trainer):
+    """One branched, graded and scored batch with advantages, as (group, rollout) pairs."""
+    groups = make_groups(trainer.tokenizer)
+    trainer.grade(trainer.generate(initial_jobs(groups, trainer.cfg)))
+    trainer.plan(groups)
+    fresh = trainer.generate(attnrl.branch_jobs(groups, trainer.cfg))
+    trainer.grade(fresh)
+    trainer.score(fresh)
+    rollouts = [(g, r) for g in trainer.assign_advantages(groups) for r in g.rollouts]
+    assert len({a for _, r in rollouts for a in r.advantages}) > 4
+    return rollouts
+
+
+def test_gradients_do_not_depend_on_memory_knobs(tiny_model, tiny_tokenizer):
+    trainer = make_trainer(tiny_model, tiny_tokenizer, kl_coef=0.1)
+    rollouts = scored_rollouts(trainer)
+    n = sum(len(r.ids) for _, r in rollouts)
+    for _, r in rollouts:
+        r.logps = [x - 0.1 for x in r.logps]  # so that ratio and clipping take part
+
+    def gradients(microbatch_tokens, logit_chunk, checkpointing=False):
+        trainer.cfg.microbatch_tokens, trainer.cfg.logit_chunk = microbatch_tokens, logit_chunk
+        tiny_model.gradient_checkpointing_enable({"use_reentrant": False}) if checkpointing else tiny_model.gradient_checkpointing_disable()
+        tiny_model.zero_grad()
+        sums = trainer.accumulate(rollouts, n)
+        return torch.cat([p.grad.flatten() for p in tiny_model.parameters()]), sums["loss"]
+
+    expected, expected_loss = gradients(10**9, 10**9)
+    assert expected.abs().max() > 1e-4
+    for knobs in [(1, 10**9), (700, 64), (4000, 7), (4000, 1000, True)]:
+        actual, loss = gradients(*knobs)
+        torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-4)
+        assert loss == pytest.approx(expected_loss, abs=1e-3)
+
+
+# --- forward passes
+
+
+def test_pack_covers_everything_once_within_the_budget():
+    sequences = [([0] * 3, [0] * n) for n in (5, 1, 9, 9, 2, 30, 4)]
+    for budget in (1, 12, 40, 1000):
+        batches = list(pack(sequences, budget))
+        assert sorted(i for rows in batches for i in rows) == list(range(7))
+        for rows in batches:
+            assert len(rows) == 1 or len(rows) * max(3 + len(sequences[i][1]) for i in rows) <= budget
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scores_agree_with_the_engine(tiny_model, tiny_tokenizer, temperature):
+    trainer = make_trainer(tiny_model, tiny_tokenizer, temperature=temperature)
+    fresh = trainer.generate(initial_jobs(make_groups(tiny_tokenizer), trainer.cfg))
+    trainer.score(fresh)
+    gaps = [abs(a - b) for _, r in fresh for a, b in zip(r.logps, r.engine_logps, strict=True)]
+    assert max(gaps) < 1e-4
+
+
+def test_entropy_is_of_the_full_distribution(tiny_model, tiny_tokenizer):
+    prompt = prompt_ids(tiny_tokenizer, "a=3, b=a+2, find b.")
+    response = tiny_tokenizer(" hm ok now\n\n").input_ids
+    with torch.no_grad():
+        _, entropies = token_logps(tiny_model, [(prompt, response)], 1.0, 2, with_entropy=True)
+        logits = tiny_model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    torch.testing.assert_close(entropies, torch.distributions.Categorical(logits=logits).entropy(), atol=1e-5, rtol=1e-5)
+
+
+def test_soft_capped_logits_are_refused():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.01)
+    with pytest.raises(ValueError, match="soft-capping"):
+        attnrl.check_projection(Gemma2ForCausalLM(config))
+
+
+# --- the step
+
+
+def test_off_policy_makes_one_generation_call_a_step_and_trains_a_step_later(tiny_model, tiny_tokenizer):
+    trainer = make_trainer(tiny_model, tiny_tokenizer)
+    first, second = make_groups(tiny_tokenizer), make_groups(tiny_tokenizer, first=4)
+    before = [p.clone() for p in tiny_model.parameters()]
+    metrics, batch = trainer.step(first)
+    assert batch == [] and all(map(torch.equal, before, tiny_model.parameters()))
+    behaviour = {id(r): list(r.logps) for g in first for r in g.rollouts}
+    metrics, batch = trainer.step(second)
+    assert batch is first and metrics["valid_sequences"] > 0
+    assert not all(map(torch.equal, before, tiny_model.parameters()))
+    metrics, batch = trainer.step([])
+    assert batch is second and trainer.pending == [] and "reward" not in metrics
+    assert len(trainer.engine.calls) == 3
+    assert len(trainer.engine.calls[1]) == 16 + sum(r.start > 0 for g in first for r in g.rollouts)
+    assert all(r.logps == behaviour[id(r)] for g in first for r in g.rollouts[:4])  # still of the policy that sampled them
+
+
+def test_on_policy_makes_two_calls_and_trains_at_once(tiny_model, tiny_tokenizer):
+    trainer = make_trainer(tiny_model, tiny_tokenizer, off_policy=False)
+    groups = make_groups(tiny_tokenizer)
+    metrics, batch = trainer.step(groups)
+    assert batch is groups and len(trainer.engine.calls) == 2 and trainer.totals["updates"] > 0
+
+
+def test_grpo_makes_one_call_and_never_branches(tiny_model, tiny_tokenizer):
+    trainer = make_trainer(tiny_model, tiny_tokenizer, branching="none", fci_filter="none", off_policy=False, advantage="group")
+    _, batch = trainer.step(make_groups(tiny_tokenizer))
+    assert len(trainer.engine.calls) == 1 and all(len(g.rollouts) == 4 for g in batch)
+
+
+def test_continuations_keep_their_prefix_and_its_behaviour_log_probs(tiny_model, tiny_tokenizer):
+    trainer = make_trainer(tiny_model, tiny_tokenizer)
+    groups = make_groups(tiny_tokenizer)
+    trainer.step(groups)
+    with torch.no_grad():
+        next(tiny_model.parameters()).add_(0.01)  # the policy moves on
+    trainer.step([])
+    continuations = [(g, r) for g in groups for r in g.rollouts if r.start > 0]
+    assert len(continuations) > 8
+    for group, r in continuations:
+        parent = group.rollouts[r.family]
+        assert parent.start == 0 and r.ids[: r.start] == parent.ids[: r.start]
+        assert r.logps[: r.start] == parent.logps[: r.start] and len(r.logps) == len(r.ids) <= 128
+    moved = [abs(a - b) for g, r in continuations for a, b in zip(r.logps[r.start :], r.engine_logps, strict=True)]
+    assert max(moved) < 1e-4  # the continuation itself is scored under the policy that sampled it
+
+
+def test_advantages_are_those_of_the_tree(tiny_model, tiny_tokenizer):
+    trainer = make_trainer(tiny_model, tiny_tokenizer)
+    groups = make_groups(tiny_tokenizer)
+    trainer.step(groups)
+    trainer.step([])
+    for group in groups:
+        expected = tree_advantages(group.leaves())
+        for rollout, a in zip(group.rollouts, expected):
+            assert rollout.advantages == (a.tolist() if group.mixed() else [])
+
+
+def test_a_batch_without_signal_updates_nothing_and_grows_to_its_bound(tiny_model, tiny_tokenizer):
+    trainer = make_trainer(tiny_model, tiny_tokenizer, reward_fn=lambda response, answers: False)
+    before = [p.clone() for p in tiny_model.parameters()]
+    trainer.step(make_groups(tiny_tokenizer))
+    metrics, _ = trainer.step(make_groups(tiny_tokenizer))
+    assert metrics["valid_sequences"] == 0 and trainer.totals["updates"] == 0 and metrics["next_batch_size"] == 8
+    assert all(map(torch.equal, before, tiny_model.parameters()))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(branching="entropy"), dict(branching="random"), dict(branching="earliest"), dict(expansion="uniform"), dict(fci_filter="all"),
+        dict(fci_filter="none"), dict(adaptive_batch=False), dict(advantage="group"), dict(kl_coef=0.0), dict(n_branch_points=1, n_continuations=3),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_field_trains(tiny_model, tiny_tokenizer, fields):
+    trainer = make_trainer(tiny_model, tiny_tokenizer, **fields)
+    trainer.step(make_groups(tiny_tokenizer))
+    metrics, batch = trainer.step([])
+    assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0 and trainer.totals["updates"] > 0
+    if fields.get("expansion") == "uniform":
+        assert all({f for f, _ in g.branches} == {0, 1, 2, 3} for g in batch if g.kept)
+    if "n_continuations" in fields:
+        assert all(sum(r.start > 0 for r in g.rollouts) == 3 * len(g.branches) and len({f for f, _ in g.branches}) == len(g.branches) for g in batch)
+
+
+def test_bfloat16_autocast_trains_fp32_weights(tiny_model, tiny_tokenizer):
+    trainer = make_trainer(tiny_model, tiny_tokenizer)
+    trainer.autocast_dtype = torch.bfloat16
+    trainer.step(make_groups(tiny_tokenizer))
+    metrics, _ = trainer.step([])
+    assert metrics["grad_norm"] > 0 and {p.dtype for p in tiny_model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(group_size=1), "group_size"), (dict(branching="none"), "fci_filter"), (dict(batch_size=1), "min_batch_size"),
+        (dict(temperature=0.0), "temperature"), (dict(branch_quantile=0.0), "branch_quantile"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_contradictions_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MethodConfig(**SMALL | fields).check()
+
+
+def test_rollout_round_trips_through_plain_dicts():
+    """What a checkpoint does to the pending batch."""
+    from dataclasses import asdict
+
+    rollout = Rollout(1, 3, [5, 6], [-0.25], True, 1.0, [-1.0, -0.25], [0.0], [])
+    group = Group("p", ["1"], [1, 2], [rollout], 0.5, True, [(1, 3)], [1.0])
+    raw = asdict(group)
+    assert Group(**raw | {"rollouts": [Rollout(**r) for r in raw["rollouts"]]}) == group
