@@ -1,8 +1,8 @@
 """One training step of AttnRL, and its loss: the method composed from fci.py, tree.py and sampler.py.
 
     prompts of batch m+1 ─┐
-                          ├─ generate (one call) ─ grade ─┬─ initial responses m+1 ─ one forward: logps, entropies, FCI ─ plan m+1
-    plan of batch m ──────┘                               └─ continuations m ─ tree ─ advantages ─ drop zeros ─ update ─ push weights ─ B
+                          ├─ generate (one call) ─ grade ─┬─ initial responses m+1 ─ score (logps, entropies, FCI) ─ plan m+1
+    plan of batch m ──────┘                               └─ continuations m ─ tree ─ advantages ─ drop zeros ─ update ─ push
 
 One-step off-policy (Fig. 5): a step trains on batch m and, in the same generation call, samples the initial responses of batch
 m+1. With `off_policy=False` batch m is sampled, planned and branched inside its own step, which takes two calls.
@@ -25,10 +25,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers.hf_argparser import HfArg
 
-from fci import FCI, PADDING, count_scored_steps, fci_scores, split_steps, step_ids_of
+from fci import FCI, PADDING, check_projection, collate, count_scored_steps, fci_scores, split_steps, step_ids_of, token_logps
 from sampler import AdaptiveSampler, Request, choose_responses, expansion
 from tree import Leaf, branch_points, group_advantages, tree_advantages
 
@@ -53,7 +52,9 @@ class MethodConfig:
     fci_delta: int = HfArg(default=4, help="Delta of Eq. 5, steps")
     # adaptive sampling
     expansion: Literal["adaptive", "uniform"] = HfArg(default="adaptive", help="branch more responses of harder problems (Eq. 9), or all")
-    fci_filter: Literal["easy", "all", "none"] = HfArg(default="easy", help="which problems must exceed the mean FCI to be branched (Eq. 8)")
+    fci_filter: Literal["easy", "all", "none"] = HfArg(
+        default="easy", help="which problems must exceed the mean FCI to be branched (Eq. 8)"
+    )
     adaptive_batch: bool = HfArg(default=True, help="resize the batch to the target (Eq. 10)")
     target_sequences: int = HfArg(default=1920, help="B', training sequences with non-zero advantage wanted a step")
     batch_decay: float = HfArg(default=0.9, help="lambda of Eq. 10")
@@ -72,18 +73,19 @@ class MethodConfig:
 
     def check(self) -> None:
         """Raises ValueError in one sentence where fields contradict each other."""
-        positive = "batch_size max_prompt_tokens max_response_tokens n_branch_points n_continuations temperature minibatch_prompts microbatch_tokens logit_chunk grad_clip target_sequences min_batch_size"
-        for name in positive.split():
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        may_be_zero = {"min_branch_gap", "fci_delta", "batch_decay", "clip_low", "clip_high", "kl_coef"}
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and (value < 0 or value == 0 and name not in may_be_zero):
+                raise ValueError(f"{name} must be {'at least' if name in may_be_zero else 'above'} 0, got {value}")
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2, got {self.group_size}: one response has nothing to be compared with")
-        if not 0 < self.branch_quantile <= 1 or not 0 <= self.batch_decay <= 1:
-            raise ValueError("branch_quantile must lie in (0, 1] and batch_decay in [0, 1]")
+        if self.branch_quantile > 1 or self.batch_decay > 1:
+            raise ValueError("branch_quantile and batch_decay must not exceed 1")
         if self.branching == "none" and self.fci_filter != "none":
             raise ValueError("fci_filter chooses which problems to branch, so branching=none needs fci_filter=none")
         if self.adaptive_batch and not self.min_batch_size <= self.batch_size <= self.max_batch_size:
-            raise ValueError(f"batch_size {self.batch_size} must lie in [min_batch_size, max_batch_size] = [{self.min_batch_size}, {self.max_batch_size}]")
+            bounds = f"[{self.min_batch_size}, {self.max_batch_size}]"
+            raise ValueError(f"batch_size {self.batch_size} must lie in [min_batch_size, max_batch_size] = {bounds}")
 
 
 # --- What is trained on -----------------------------------------------------------------------------------------------
@@ -145,7 +147,7 @@ def policy_loss(logps, old_logps, ref_logps, advantages, clip_low: float, clip_h
     return loss, clipped_gain < gain, kl.detach()
 
 
-# --- Forward passes ---------------------------------------------------------------------------------------------------
+# --- Helpers ----------------------------------------------------------------------------------------------------------
 
 
 def pack(sequences: list[tuple[list[int], list[int]]], budget: int) -> Iterator[list[int]]:
@@ -155,46 +157,6 @@ def pack(sequences: list[tuple[list[int], list[int]]], budget: int) -> Iterator[
         rows = max(1, budget // (len(sequences[order[0]][0]) + len(sequences[order[0]][1])))
         yield order[:rows]
         order = order[rows:]
-
-
-def collate(rows: list[list[int]], padding: int, device) -> torch.Tensor:
-    """Right-padded (B, L) long tensor. Causal attention needs no mask for padding on the right."""
-    ids = torch.full((len(rows), max(map(len, rows))), padding)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-    return ids.to(device)
-
-
-def token_logps(model, batch, temperature: float, chunk: int, fci: FCI | None = None, with_entropy: bool = False):
-    """Log-probabilities of the response tokens of a batch of (prompt, response) pairs, in order, as one flat tensor.
-
-    Logits are computed for `chunk` tokens at a time and once more in backward, so L x V never exists. Returns (logps (N,), entropies (N,) or None),
-    fp32, entropies in nats; N = response tokens of the batch.
-    """
-    ids = collate([prompt + response for prompt, response in batch], 0, model.device)
-    is_response = collate([[0] * len(p) + [1] * len(r) for p, r in batch], 0, model.device).bool()
-    extra = {"fci": fci} if fci else {}
-    hidden = model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state  # (B, L, D)
-    hidden, targets = hidden[:, :-1][is_response[:, 1:]], ids[is_response]  # (N, D), (N,)
-
-    def project(h, t):
-        logps = (model.get_output_embeddings()(h).float() / temperature).log_softmax(-1)  # (chunk, V)
-        entropy = -(logps.exp() * logps).sum(-1) if with_entropy else None
-        return logps.gather(-1, t[:, None])[:, 0], entropy
-
-    parts = [checkpoint(project, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))]
-    logps, entropies = zip(*parts)
-    return torch.cat(logps), torch.cat(entropies) if with_entropy else None
-
-
-def check_projection(model) -> None:
-    """Raises ValueError if the model's logits are more than its output layer applied to its last hidden state."""
-    ids = torch.arange(1, 9, device=model.device)[None]
-    with torch.no_grad():
-        direct = model(input_ids=ids).logits
-        ours = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
-    if not torch.allclose(direct, ours, atol=1e-3, rtol=1e-3):
-        raise ValueError(f"{type(model).__name__} changes its logits after the output layer (soft-capping or scaling), which token_logps does not reproduce")
 
 
 def timed(method):
@@ -339,7 +301,14 @@ class AttnRL:
                 entropies, steps = of_rollout[id(group.rollouts[family])]
                 fci = np.array(group.rollouts[family].fci)
                 points = branch_points(
-                    cfg.branching, [s for s, _ in steps], fci, entropies, cfg.n_branch_points, cfg.branch_quantile, cfg.min_branch_gap, self.rng
+                    cfg.branching,
+                    [s for s, _ in steps],
+                    fci,
+                    entropies,
+                    cfg.n_branch_points,
+                    cfg.branch_quantile,
+                    cfg.min_branch_gap,
+                    self.rng,
                 )
                 group.branches += [(family, p) for p in points]
         entropies = np.concatenate([h for h, _ in scored])
@@ -395,7 +364,8 @@ class AttnRL:
         for rows in pack(sequences, cfg.microbatch_tokens):
             batch = [sequences[i] for i in rows]
             old_logps, advantages = (
-                torch.tensor([x for i in rows for x in getattr(rollouts[i][1], name)], device=self.model.device) for name in ("logps", "advantages")
+                torch.tensor([x for i in rows for x in getattr(rollouts[i][1], name)], device=self.model.device)
+                for name in ("logps", "advantages")
             )
             with self.autocast():
                 ref_logps = None

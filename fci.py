@@ -21,7 +21,8 @@ division by the step's length follows in fp32.
     scores.values                      # (B, S)
 
 It works for every decoder that uses the interface, grouped queries and sliding windows included, without a line about any of them;
-soft-capped attention and attention sinks are refused, since the fused kernels have neither. Batches are right-padded and need no padding mask: causality hides the padding.
+soft-capped attention and attention sinks are refused, since the fused kernels have neither. Batches are right-padded and need no
+padding mask: causality hides the padding.
 
 Differences from the paper, all from the released code: steps fall back to single line breaks, then to tokens; the prompt,
 the first step, and everything from the last `</think>` on score 0. The released code copies a transformers model file
@@ -30,6 +31,7 @@ and patches its attention instead.
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -134,7 +136,9 @@ def fci_scores(values: torch.Tensor, n_scored: int, n_steps: int) -> torch.Tenso
 
 def _attention(module, query, key, value, attention_mask, scaling=None, fci: FCI | None = None, **kwargs):
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise ValueError(f"{type(module).__name__} caps its attention scores or has attention sinks, which fused attention would silently drop")
+        raise ValueError(
+            f"{type(module).__name__} caps its attention scores or has attention sinks, which fused attention would silently drop"
+        )
     if fci is not None:
         with torch.no_grad():
             fci.add_layer(query, key, attention_mask, scaling)
@@ -143,3 +147,46 @@ def _attention(module, query, key, value, attention_mask, scaling=None, fci: FCI
 
 AttentionInterface.register("fci", _attention)
 AttentionMaskInterface.register("fci", sdpa_mask)  # without this the mask would silently be None
+
+
+# --- The forward pass that FCI rides on: log-probabilities and entropies of a batch -----------------------------------
+
+
+def collate(rows: list[list[int]], padding: int, device) -> torch.Tensor:
+    """Right-padded (B, L) long tensor. Causal attention needs no mask for padding on the right."""
+    ids = torch.full((len(rows), max(map(len, rows))), padding)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    return ids.to(device)
+
+
+def token_logps(model, batch, temperature: float, chunk: int, fci: FCI | None = None, with_entropy: bool = False):
+    """Log-probabilities of the response tokens of a batch of (prompt, response) pairs, in order, as one flat tensor.
+
+    Logits are computed for `chunk` tokens at a time and once more in backward, so L x V never exists. Returns (logps (N,),
+    entropies (N,) or None), fp32, entropies in nats; N = response tokens of the batch.
+    """
+    ids = collate([prompt + response for prompt, response in batch], 0, model.device)
+    is_response = collate([[0] * len(p) + [1] * len(r) for p, r in batch], 0, model.device).bool()
+    extra = {"fci": fci} if fci else {}
+    hidden = model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state  # (B, L, D)
+    hidden, targets = hidden[:, :-1][is_response[:, 1:]], ids[is_response]  # (N, D), (N,)
+
+    def project(h, t):
+        logps = (model.get_output_embeddings()(h).float() / temperature).log_softmax(-1)  # (chunk, V)
+        entropy = -(logps.exp() * logps).sum(-1) if with_entropy else None
+        return logps.gather(-1, t[:, None])[:, 0], entropy
+
+    parts = [checkpoint(project, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    logps, entropies = zip(*parts)
+    return torch.cat(logps), torch.cat(entropies) if with_entropy else None
+
+
+def check_projection(model) -> None:
+    """Raises ValueError if the model's logits are more than its output layer applied to its last hidden state."""
+    ids = torch.arange(1, 9, device=model.device)[None]
+    with torch.no_grad():
+        direct = model(input_ids=ids).logits
+        ours = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
+    if not torch.allclose(direct, ours, atol=1e-3, rtol=1e-3):
+        raise ValueError(f"{type(model).__name__} soft-caps or scales its logits after the output layer, which token_logps does not do")

@@ -133,8 +133,10 @@ def context_length(model: str) -> float:
 
 def _cannot_load(what: str, model: str, error: Exception) -> str:
     if os.path.isdir(model):
-        return f"the directory {model!r} holds no {what} that loads ({type(error).__name__}): it needs the files that save_pretrained writes"
-    return f"cannot load the {what} of {model!r} ({type(error).__name__}): there is no such directory, and no such model on the hub within reach"
+        return (
+            f"the directory {model!r} holds no {what} that loads ({type(error).__name__}): it needs the files that save_pretrained writes"
+        )
+    return f"cannot load the {what} of {model!r} ({type(error).__name__}): no such directory, and no such model on the hub within reach"
 
 
 def prompt_ids(tokenizer, problem: str) -> list[int]:
@@ -208,12 +210,17 @@ class TorchEngine:
         if top_p < 1:
             processors.append(TopPLogitsWarper(top_p))
         # The model's own settings (repetition penalty, top-k, ...) would silently change what is sampled.
-        settings = GenerationConfig(eos_token_id=self.eos_ids, pad_token_id=self.pad_id, do_sample=temperature > 0, max_new_tokens=int(budgets.max()))
+        settings = GenerationConfig(
+            eos_token_id=self.eos_ids, pad_token_id=self.pad_id, do_sample=temperature > 0, max_new_tokens=int(budgets.max())
+        )
         if temperature > 0:
             settings.update(temperature=1.0, top_p=1.0, top_k=0)
         own, self.model.generation_config = self.model.generation_config, settings
         output = self.model.generate(
-            ids.to(device), attention_mask=mask.to(device), stopping_criteria=[_Budgets(longest, budgets)], logits_processor=[*processors, recorder]
+            ids.to(device),
+            attention_mask=mask.to(device),
+            stopping_criteria=[_Budgets(longest, budgets)],
+            logits_processor=[*processors, recorder],
         )
         self.model.generation_config = own
         recorder(output, recorder.distribution)  # the last token drawn
@@ -257,9 +264,10 @@ class VLLMEngine:
         """As TorchEngine.generate."""
         from vllm import SamplingParams
 
+        settings = dict(temperature=temperature, top_p=top_p, logprobs=0, stop_token_ids=self.eos_ids, detokenize=False)
         outputs = self.llm.generate(
             [{"prompt_token_ids": r.prompt_ids} for r in requests],
-            [SamplingParams(temperature=temperature, top_p=top_p, max_tokens=r.max_new_tokens, logprobs=0, stop_token_ids=self.eos_ids, detokenize=False) for r in requests],
+            [SamplingParams(max_tokens=r.max_new_tokens, **settings) for r in requests],
             use_tqdm=False,
         )  # fmt: skip
         responses = []
@@ -285,7 +293,7 @@ def stop_ids(tokenizer, generation_config: GenerationConfig) -> list[int]:
 
 
 def resolve_engine(name: str) -> str:
-    """"torch" or "vllm"; for "auto" vllm where it is installed and CUDA is there. ValueError if vLLM is wanted but missing."""
+    """ "torch" or "vllm"; for "auto" vllm where it is installed and CUDA is there. ValueError if vLLM is wanted but missing."""
     installed = importlib.util.find_spec("vllm") is not None
     if name == "vllm" and not installed:
         raise ValueError("engine=vllm needs vLLM: pip install -r requirements-gpu.txt, or pass --engine torch")

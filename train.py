@@ -43,8 +43,12 @@ class RunConfig:
 
     model: str = HfArg(default=str(HERE / "tiny"), help="directory or hub name of a chat model; tiny/ is the embedded reasoner")
     algo: Literal["attnrl", "treerl", "grpo"] = HfArg(default="attnrl", help="a set of method fields, see ALGORITHMS")
-    preset: Literal["auto", "paper", "tiny"] = HfArg(default="auto", help="a set of defaults, see PRESETS; auto: the one named like the model's directory, else paper")
-    train_data: str = HfArg(default="agentica-org/DeepScaleR-Preview-Dataset", help="hub name or .jsonl/.json/.parquet with `problem` and `answer`")
+    preset: Literal["auto", "paper", "tiny"] = HfArg(
+        default="auto", help="a set of defaults, see PRESETS; auto: the one named like the model's directory, else paper"
+    )
+    train_data: str = HfArg(
+        default="agentica-org/DeepScaleR-Preview-Dataset", help="hub name or .jsonl/.json/.parquet with `problem` and `answer`"
+    )
     test_data: str = HfArg(default="HuggingFaceH4/MATH-500", help="held-out problems, likewise; its `test` split on the hub")
     output_dir: str = HfArg(default="", help="where the run is written [runs/ALGO-MODEL-SEED]")
     engine: Literal["auto", "torch", "vllm"] = HfArg(default="auto", help="what samples; auto is vllm where it and CUDA are there")
@@ -54,7 +58,9 @@ class RunConfig:
     token_budget: int = HfArg(default=0, help="stop sampling new problems after so many generated tokens; 0: never")
     lr: float = HfArg(default=1e-6, help="AdamW's learning rate, constant")
     weight_decay: float = HfArg(default=0.0, help="AdamW's")
-    autocast: Literal["auto", "none", "bfloat16"] = HfArg(default="auto", help="dtype of forward passes over fp32 weights; auto is bfloat16 on CUDA")
+    autocast: Literal["auto", "none", "bfloat16"] = HfArg(
+        default="auto", help="dtype of forward passes over fp32 weights; auto is bfloat16 on CUDA"
+    )
     gradient_checkpointing: bool = HfArg(default=True, help="recompute activations in backward; a memory knob")
     threads: int = HfArg(default=0, help="CPU threads; 0: torch's choice")
     eval_every: int = HfArg(default=50, help="steps between evaluations; the first and last step are always evaluated")
@@ -117,7 +123,9 @@ def load_data(run: RunConfig, method: MethodConfig, tokenizer) -> tuple[list[dic
     """Training and held-out problems, with every prompt and response known to fit. Raises ValueError."""
     needed, context = method.max_prompt_tokens + method.max_response_tokens, context_length(run.model)
     if needed > context:
-        raise ValueError(f"max_prompt_tokens + max_response_tokens = {needed} exceeds the model's context of {context} tokens: lower one of them")
+        raise ValueError(
+            f"max_prompt_tokens + max_response_tokens = {needed} exceeds the model's context of {context} tokens: lower one of them"
+        )
     train, test = load_problems(run.train_data, "train"), load_problems(run.test_data, "test")
     test = test[: run.eval_problems or None]
     for name, problems in (("train_data", train), ("test_data", test)):
@@ -190,7 +198,9 @@ def read_state(checkpoint: Path) -> dict:
             raise ValueError(f"{', '.join(changed)} changed since it was written")
         return json.loads((checkpoint / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{checkpoint} is damaged ({error}): delete it to resume from the one before, or the whole run to start again") from None
+        raise InputError(
+            f"{checkpoint} is damaged ({error}): delete it to resume from the one before, or the whole run to start again"
+        ) from None
 
 
 def restore(trainer: AttnRL, checkpoint: Path, state: dict) -> None:
@@ -270,7 +280,9 @@ def train(run: RunConfig, method: MethodConfig) -> None:
         train_problems, test_problems = load_data(run, method, tokenizer)
         checkpoint, state = prepare_output(out, run, method)
         if state.get("finished"):
-            print(f"{out} is complete (test accuracy {state['test_accuracy']:.1%}): delete it, or choose another --output_dir, to run again")
+            print(
+                f"{out} is complete (test accuracy {state['test_accuracy']:.1%}): delete it, or choose another --output_dir, to run again"
+            )
             return
         trainer = build(run, method, tokenizer, checkpoint)
     except ValueError as error:
@@ -285,7 +297,8 @@ def train(run: RunConfig, method: MethodConfig) -> None:
     def test() -> dict:
         with torch.random.fork_rng(), trainer.autocast():  # the same random numbers at every evaluation, none taken from training
             torch.manual_seed(run.seed)
-            result = evaluate(trainer.engine, tokenizer, test_problems, samples=run.eval_samples, max_new_tokens=method.max_response_tokens, temperature=run.eval_temperature)
+            settings = dict(samples=run.eval_samples, max_new_tokens=method.max_response_tokens, temperature=run.eval_temperature)
+            result = evaluate(trainer.engine, tokenizer, test_problems, **settings)
         return {"test_accuracy": result["pass@1"], "test_tokens": result["mean_tokens"], "test_truncated": result["truncated"]}
 
     def spent() -> bool:  # no new problems are sampled any more
@@ -329,7 +342,8 @@ def train(run: RunConfig, method: MethodConfig) -> None:
         progress.update(done() - progress.n)
     progress.close()
     trainer.engine.close()
-    print(f"{state['first_accuracy']:.1%} -> {state['test_accuracy']:.1%} of the held-out problems solved after {step} steps and {trainer.totals['tokens']:,} generated tokens")
+    gain = f"{state['first_accuracy']:.1%} -> {state['test_accuracy']:.1%} of the held-out problems solved"
+    print(f"{gain} after {step} steps and {trainer.totals['tokens']:,} generated tokens")
     print(f"see {out}/curves.png, metrics.jsonl, rollouts.jsonl and checkpoint-{step}/")
 
 

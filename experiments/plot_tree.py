@@ -26,7 +26,15 @@ def draw(tree: dict, out: Path) -> None:
         length = r["advantages"][-1][1]
         for start, end, advantage in r["advantages"]:
             if end > r["start"]:
-                axis.barh(row, end - max(start, r["start"]), left=max(start, r["start"]), height=0.5, color=plt.cm.RdBu(advantage_norm(advantage)), edgecolor="0.6", linewidth=0.4)
+                axis.barh(
+                    row,
+                    end - max(start, r["start"]),
+                    left=max(start, r["start"]),
+                    height=0.5,
+                    color=plt.cm.RdBu(advantage_norm(advantage)),
+                    edgecolor="0.6",
+                    linewidth=0.4,
+                )
         for start, end, y in zip(r["step_starts"], [*r["step_starts"][1:], length], r["fci"]):
             axis.barh(row - 0.37, end - start, left=start, height=0.16, color=plt.cm.Greys(fci_norm(y)), edgecolor="white", linewidth=0.6)
         for family, point in {tuple(b) for b in tree["branches"]}:

@@ -12,7 +12,16 @@ from eval import grade, load_problems
 from sampler import TorchEngine, load_model, prompt_ids
 from tree import tree_advantages
 
-SMALL = dict(batch_size=4, min_batch_size=2, max_batch_size=8, target_sequences=40, group_size=4, max_prompt_tokens=128, max_response_tokens=128, minibatch_prompts=2)
+SMALL = dict(
+    batch_size=4,
+    min_batch_size=2,
+    max_batch_size=8,
+    target_sequences=40,
+    group_size=4,
+    max_prompt_tokens=128,
+    max_response_tokens=128,
+    minibatch_prompts=2,
+)
 
 
 class CountingEngine(TorchEngine):
@@ -148,8 +157,17 @@ def test_entropy_is_of_the_full_distribution(tiny_model, tiny_tokenizer):
 def test_soft_capped_logits_are_refused():
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    config = Gemma2Config(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.01)
-    with pytest.raises(ValueError, match="soft-capping"):
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        final_logit_softcapping=0.01,
+    )
+    with pytest.raises(ValueError, match="soft-caps"):
         attnrl.check_projection(Gemma2ForCausalLM(config))
 
 
@@ -239,7 +257,10 @@ def test_every_field_trains(tiny_model, tiny_tokenizer, fields):
     if fields.get("expansion") == "uniform":
         assert all({f for f, _ in g.branches} == {0, 1, 2, 3} for g in batch if g.kept)
     if "n_continuations" in fields:
-        assert all(sum(r.start > 0 for r in g.rollouts) == 3 * len(g.branches) and len({f for f, _ in g.branches}) == len(g.branches) for g in batch)
+        assert all(
+            sum(r.start > 0 for r in g.rollouts) == 3 * len(g.branches) and len({f for f, _ in g.branches}) == len(g.branches)
+            for g in batch
+        )
 
 
 def test_bfloat16_autocast_trains_fp32_weights(tiny_model, tiny_tokenizer):

@@ -228,6 +228,7 @@ def test_gold_answers_of_the_benchmarks_are_accepted_and_others_rejected(path):
     for problem in problems:
         for gold in problem["answers"]:
             assert grade(f"So \\boxed{{{gold}}}.", problem["answers"]), gold
+
     def key(text: str) -> str:
         return normalise(text.replace("\\$", "").replace("$", ""))
 

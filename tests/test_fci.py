@@ -22,7 +22,12 @@ CONFIGS = {  # initializer_range: attention far from uniform
     "mistral, sliding": MistralConfig(**SHAPE, num_key_value_heads=4, head_dim=8, sliding_window=WINDOW),
     # query_pre_attn_scalar: a scale that is not 1 / sqrt(head_dim)
     "gemma3, sliding and full": Gemma3TextConfig(
-        **SHAPE, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=4, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
+        **SHAPE,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=4,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
     ),
 }
 HEAD_DIM = {name: getattr(config, "head_dim", None) or 8 for name, config in CONFIGS.items()}

@@ -183,7 +183,9 @@ def test_batches_change_no_greedy_output(model, tokenizer, prompts, monkeypatch)
         engine = TorchEngine(model, tokenizer, batch_tokens)
         for order in (range(6), [3, 0, 5, 1, 4, 2]):
             rows = []
-            monkeypatch.setattr(engine, "_generate_batch", lambda batch, *rest: rows.append(len(batch)) or TorchEngine._generate_batch(engine, batch, *rest))
+            monkeypatch.setattr(
+                engine, "_generate_batch", lambda batch, *rest: rows.append(len(batch)) or TorchEngine._generate_batch(engine, batch, *rest)
+            )
             responses = engine.generate([requests[i] for i in order], temperature=0)
             assert [r.ids for r in responses] == [expected[i].ids for i in order]
             assert [r.finish_reason for r in responses] == [expected[i].finish_reason for i in order]

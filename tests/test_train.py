@@ -40,7 +40,12 @@ def everything(checkpoint):
     """Weights, optimiser, random state and pending batch of a checkpoint, comparable with ==."""
     saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     moments = [t.tolist() for state in saved["optimizer"]["state"].values() for t in state.values()]
-    return (checkpoint / "model.safetensors").read_bytes(), moments, saved["rng"]["cpu"].tolist(), json.loads((checkpoint / "state.json").read_text())
+    return (
+        (checkpoint / "model.safetensors").read_bytes(),
+        moments,
+        saved["rng"]["cpu"].tolist(),
+        json.loads((checkpoint / "state.json").read_text()),
+    )
 
 
 # --- configuration
@@ -49,8 +54,20 @@ def everything(checkpoint):
 def test_defaults_are_the_papers():
     run, method = parse_config(["--model", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"])
     assert (run.lr, run.steps, method.batch_size, method.group_size, method.minibatch_prompts) == (1e-6, 500, 64, 6, 32)
-    assert (method.max_prompt_tokens, method.max_response_tokens, method.clip_low, method.clip_high, method.kl_coef) == (1024, 8192, 0.2, 0.28, 0.001)
-    assert (method.n_branch_points, method.n_continuations, method.branch_quantile, method.fci_delta, method.batch_decay) == (2, 2, 0.2, 4, 0.9)
+    assert (method.max_prompt_tokens, method.max_response_tokens, method.clip_low, method.clip_high, method.kl_coef) == (
+        1024,
+        8192,
+        0.2,
+        0.28,
+        0.001,
+    )
+    assert (method.n_branch_points, method.n_continuations, method.branch_quantile, method.fci_delta, method.batch_decay) == (
+        2,
+        2,
+        0.2,
+        4,
+        0.9,
+    )
     assert run.train_data == "agentica-org/DeepScaleR-Preview-Dataset" and method.target_sequences == 64 * 6 * 5
 
 
@@ -140,10 +157,14 @@ def test_another_architecture_and_tokenizer(tmp_path):
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator(["one plus one\n\nis two"], trainer)
     template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}\n"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=template).save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=template).save_pretrained(
+        tmp_path / "model"
+    )
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=24,
@@ -153,7 +174,22 @@ def test_another_architecture_and_tokenizer(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"problem": f"{i} plus {i}", "answer": [str(2 * i)]}) + "\n" for i in range(9)))
     out = tmp_path / "run"
-    run("--model", tmp_path / "model", "--train_data", data, "--test_data", data, "--max_prompt_tokens", 128, "--max_response_tokens", 32, "--output_dir", out, "--steps", 2)
+    run(
+        "--model",
+        tmp_path / "model",
+        "--train_data",
+        data,
+        "--test_data",
+        data,
+        "--max_prompt_tokens",
+        128,
+        "--max_response_tokens",
+        32,
+        "--output_dir",
+        out,
+        "--steps",
+        2,
+    )
     records = metrics(out)
     assert records[1]["truncated"] > 0 and records[-1]["valid_sequences"] == 0 and records[-1]["total_updates"] == 0
     assert records[-1]["problem_fci"][0] > 0

@@ -50,14 +50,7 @@ def brute_force_advantages(leaves, i):
 
 def test_tree_by_hand():
     """Two initial responses, one branched at 3 and 6 with two continuations each: six leaves, three of them right."""
-    leaves = [
-        Leaf(0, 0, 10, 1.0),
-        Leaf(1, 0, 4, 1.0),
-        Leaf(0, 3, 5, 1.0),
-        Leaf(0, 3, 7, 0.0),
-        Leaf(0, 6, 8, 0.0),
-        Leaf(0, 6, 9, 0.0),
-    ]
+    leaves = [Leaf(0, 0, 10, 1.0), Leaf(1, 0, 4, 1.0), Leaf(0, 3, 5, 1.0), Leaf(0, 3, 7, 0.0), Leaf(0, 6, 8, 0.0), Leaf(0, 6, 9, 0.0)]
     tips = grow(leaves)
     first, second, third = tips[0].path()
     assert [(s.start, s.end) for s in (first, second, third)] == [(0, 3), (3, 6), (6, 10)]
@@ -216,7 +209,11 @@ def test_branch_point_laws(rule):
     rng = np.random.default_rng(0)
     for trial in range(200):
         length = int(rng.integers(1, 300))
-        starts = [0, *sorted(rng.choice(np.arange(1, length), size=rng.integers(0, min(length, 40)), replace=False).tolist())] if length > 1 else [0]
+        starts = (
+            [0, *sorted(rng.choice(np.arange(1, length), size=rng.integers(0, min(length, 40)), replace=False).tolist())]
+            if length > 1
+            else [0]
+        )
         fci = np.where(rng.random(len(starts)) < 0.5, 0, rng.random(len(starts)))
         n, gap = int(rng.integers(1, 5)), int(rng.integers(0, 1024))
         chosen = points(rule, starts, fci, rng.random(length), n=n, gap=gap, seed=trial)

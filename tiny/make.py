@@ -37,9 +37,7 @@ N_TRAIN, N_TEST = 4000, 1000  # problems
 P_FILLER = 0.45  # probability that a filler step precedes a computed one
 P_WAIT = 0.1  # probability that the teacher notices a wrong result
 P_FACT_WRONG, P_RIGHT, P_FIXED = 1 / 3, 0.2, 0.65  # share of bad facts; how often a bad fact still comes out right, or as its fixed error
-WORDS = (
-    "hm ok now then next let us see we go on keep the rest in mind carefully slowly note well fine good here so far"
-).split()
+WORDS = ("hm ok now then next let us see we go on keep the rest in mind carefully slowly note well fine good here so far").split()
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."  # as in the paper's prompt
 
 
