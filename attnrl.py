@@ -17,6 +17,7 @@ step on data laid out by verl; here a minibatch is a list of problems and its gr
 
 import contextlib
 import functools
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -73,10 +74,7 @@ class MethodConfig:
 
     def check(self) -> None:
         """Raises ValueError in one sentence where fields contradict each other."""
-        may_be_zero = {"min_branch_gap", "fci_delta", "batch_decay", "clip_low", "clip_high", "kl_coef"}
-        for name, value in vars(self).items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and (value < 0 or value == 0 and name not in may_be_zero):
-                raise ValueError(f"{name} must be {'at least' if name in may_be_zero else 'above'} 0, got {value}")
+        check_signs(self, may_be_zero={"min_branch_gap", "fci_delta", "batch_decay", "clip_low", "clip_high", "kl_coef"})
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2, got {self.group_size}: one response has nothing to be compared with")
         if self.branch_quantile > 1 or self.batch_decay > 1:
@@ -86,6 +84,14 @@ class MethodConfig:
         if self.adaptive_batch and not self.min_batch_size <= self.batch_size <= self.max_batch_size:
             bounds = f"[{self.min_batch_size}, {self.max_batch_size}]"
             raise ValueError(f"batch_size {self.batch_size} must lie in [min_batch_size, max_batch_size] = {bounds}")
+
+
+def check_signs(config, may_be_zero: set[str]) -> None:
+    """Raises ValueError if a number of a config is negative, infinite, or zero without being in `may_be_zero`."""
+    for name, value in vars(config).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value) or value < 0 or (value == 0 and name not in may_be_zero):
+                raise ValueError(f"{name} must be {'at least' if name in may_be_zero else 'above'} 0, got {value}")
 
 
 # --- What is trained on -----------------------------------------------------------------------------------------------
@@ -197,6 +203,7 @@ class AttnRL:
         self.autocast_dtype = autocast
         self.text_of = functools.cache(lambda token_id: tokenizer.decode([token_id]))
         self.seconds: dict[str, float] = defaultdict(float)  # of the current step
+        self.gaps: list[np.ndarray] = []  # of the current step: |log-prob here - log-prob of the engine|
         self.totals = {"problems": 0, "updates": 0, "tokens": 0}
 
     def step(self, groups: list[Group]) -> tuple[dict, list[Group]]:
@@ -206,6 +213,7 @@ class AttnRL:
         """
         cfg, started = self.cfg, time.perf_counter()
         self.seconds.clear()
+        self.gaps.clear()
         if cfg.off_policy:
             batch, self.pending = self.pending, groups
             self.grade(self.generate([*initial_jobs(groups, cfg), *branch_jobs(batch, cfg)]))
@@ -225,6 +233,8 @@ class AttnRL:
         if cfg.adaptive_batch and batch:
             self.sampler.resize(cfg.target_sequences, n_useful, cfg.batch_decay, cfg.min_batch_size, cfg.max_batch_size)
         self.totals["problems"] += len(groups)
+        gaps = np.concatenate(self.gaps) if self.gaps else np.zeros(1)
+        sampling |= {"engine_gap_mean": float(gaps.mean()), "engine_gap_max": float(gaps.max())}
         metrics = {**sampling, **batch_metrics(batch, useful), **training, "next_batch_size": self.sampler.batch_size}
         times = {**self.seconds, "time_step": time.perf_counter() - started}
         return metrics | times | {f"total_{name}": count for name, count in self.totals.items()}, batch
@@ -276,6 +286,7 @@ class AttnRL:
                 rollout = fresh[row][1]
                 prefix = fresh[row][0].rollouts[rollout.family].logps[: rollout.start]  # of the policy that sampled it
                 rollout.logps = prefix + lp[rollout.start :].tolist()
+                self.gaps.append(np.abs(lp[rollout.start :].numpy() - rollout.engine_logps))
                 if fci:
                     rollout.fci = fci_scores(fci.values[i], count_scored_steps(texts[i], steps[i]), len(steps[i])).tolist()
                 results[row] = h.numpy(), steps[i]
@@ -312,7 +323,6 @@ class AttnRL:
                 )
                 group.branches += [(family, p) for p in points]
         entropies = np.concatenate([h for h, _ in scored])
-        gaps = np.concatenate([np.abs(np.subtract(r.logps, r.engine_logps)) for _, r in fresh])
         return {
             "reward": float(np.mean([r.reward for _, r in fresh])),
             "entropy": float(entropies.mean()),
@@ -320,8 +330,6 @@ class AttnRL:
             "truncated": float(np.mean([not r.finished for _, r in fresh])),
             "batch_size": len(groups),
             "filtered": float(np.mean([not g.kept for g in groups])),
-            "engine_gap_mean": float(gaps.mean()),
-            "engine_gap_max": float(gaps.max()),
         }
 
     # -- 3. advantages
@@ -348,7 +356,7 @@ class AttnRL:
             n_tokens = sum(len(r.ids) for _, r in rollouts)
             for name, value in self.accumulate(rollouts, n_tokens).items():
                 totals[name] += value
-            norms.append(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip).item())
+            norms.append(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip, error_if_nonfinite=True).item())
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.totals["updates"] += 1

@@ -46,7 +46,8 @@ REWRITES = [  # pattern, replacement; in this order
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"(?<=[\w})\]])\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\s*\^\s*\{?[0-9]\}?)?$", ""),  # the unit in 15\text{ cm}^2
     (r"\\(?:text|textbf|textit|mbox|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1"),
-    (r"(?<=[0-9])\s*(?:degree|dollar|cent|euro|unit|second|minute|hour|day|year|foot|feet|inche?|mile|[cmk]?m|kg)s?(?:\^[0-9])?$", ""),
+    (r"(?<=[0-9])\s*(?:degree|dollar|cent|euro|unit|second|minute|hour|day|year|foot|feet|inche?|mile)s?(?:\^[0-9])?$", ""),
+    (r"(?<=[0-9])\s+(?:[cmk]?m|kg)(?:\^[0-9])?$", ""),  # needs the space: 2m may be twice a variable
     (r"\s+", ""),
     (r"^[a-zA-Z](?:\([a-zA-Z]\))?(?:=|\\in(?![a-z]))(?=[^=]+$)", ""),  # x=5, f(x)=x^2, x\in[0,1]
     (r"\\frac([0-9])", r"\\frac{\1}"),  # \frac12
@@ -345,13 +346,17 @@ def parse_args() -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict[str, dict]:
     """Evaluate each benchmark of `args.data`, print the table; {source: result of `evaluate`}. ValueError for bad input."""
     benchmarks = {source: load_problems(source, args.split)[: args.limit] for source in args.data}  # before the weights are read
-    from sampler import context_length, load_tokenizer, make_engine
+    import torch
+
+    from sampler import context_length, load_tokenizer, make_engine, prompt_ids
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading the weights
     tokenizer, context = load_tokenizer(args.model), context_length(args.model)
-    longest = min(context, args.max_new_tokens + 4096)  # tokens of a prompt and its response
+    longest_prompt = max(len(prompt_ids(tokenizer, p["problem"])) for problems in benchmarks.values() for p in problems)
+    longest = min(context, longest_prompt + args.max_new_tokens)
     engine = make_engine(args.engine, args.model, tokenizer, max_tokens=longest, seed=args.seed, gpu_memory=0.9)
+    torch.manual_seed(args.seed)
     settings = {name: getattr(args, name) for name in ("samples", "max_new_tokens", "temperature", "top_p")}
     print(f"{'benchmark':<24}{'Pass@1':>14}{f'Pass@{args.samples}':>9}{'tokens':>9}{'truncated':>11}")
     results = {}

@@ -6,11 +6,11 @@
 
 A step that many later steps attend to carries the reasoning, so AttnRL branches there.
 
-**How it is computed.** Attention is linear in its values. Running the model's own fused attention a second
-time with *step indicators* as values (column k is 1 on the tokens of step k) returns the summed attention to
-every step at once: O(L * S) memory for L tokens and S steps, and never an L x L matrix. The columns are cut into
-groups as wide as a head, because fused kernels want values as wide as keys. Indicators are 0 or 1, exact in bf16; the
-division by the step's length follows in fp32.
+**How it is computed.** Attention is linear in its values. Running fused attention once more with *step indicators* as
+values (column k is 1 on the tokens of step k) returns the summed attention of every token to every step: never an L x L
+matrix. Fused kernels want values as wide as keys, so d steps go at a time, d being the width of a head; memory is linear in
+the number L of tokens whatever the number S of steps, and there are S / d such passes a layer. Indicators are 0 or 1, exact in bf16;
+division by the step's length and all sums follow in fp32.
 
 **How it gets in.** transformers lets anyone register an attention function. Ours is named `fci`: it is
 `sdpa_attention_forward`, plus a look at the queries and keys when the caller passes `fci=FCI(...)` to the model:
@@ -22,7 +22,7 @@ division by the step's length follows in fp32.
 
 It works for every decoder that uses the interface, grouped queries and sliding windows included, without a line about any of them;
 soft-capped attention and attention sinks are refused, since the fused kernels have neither. Batches are right-padded and need no
-padding mask: causality hides the padding.
+padding mask: causality hides the padding. (For a sliding window transformers itself makes an L x L boolean mask.)
 
 Differences from the paper, all from the released code: steps fall back to single line breaks, then to tokens; the prompt,
 the first step, and everything from the last `</think>` on score 0. The released code copies a transformers model file
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward, use_gqa_in_sdpa
 from transformers.masking_utils import sdpa_mask
 
 THINK_END = "</think>"
@@ -70,26 +70,36 @@ def step_ids_of(prompt_length: int, steps: list[tuple[int, int]]) -> list[int]:
     return [0] * prompt_length + [k for k, (start, end) in enumerate(steps, 1) for _ in range(start, end)]
 
 
-def step_attention(query, key, step_ids, n_steps: int, mask=None, scale=None) -> torch.Tensor:
-    """Mean attention between steps (Eq. 4) of one layer.
+def attention_to_steps(query, key, step_ids, n_steps: int, mask=None, scale=None):
+    """Mean attention from every token to the tokens of every step, of one layer: the inner mean of Eq. 4.
 
     query (B, H, L, d), key (B, H_kv, L, d): after rotary embedding. step_ids (B, L): long, PADDING where padded.
-    mask: None (causal) or what `scaled_dot_product_attention` takes. Returns alpha (B, H, S, S), fp32; rows sum to at most 1 per
-    token of the attended step. Row j depends on no token after step j.
+    mask: None (causal) or what `scaled_dot_product_attention` takes. Yields (k, attended) for groups of at most d steps:
+    k (c,) their numbers, attended (B, H, L, c) fp32.
     """
-    B, H, L, d = query.shape
-    member = F.one_hot(step_ids.clamp(min=0), n_steps) * (step_ids != PADDING)[..., None]  # (B, L, S)
-    size = member.sum(1).clamp(min=1).float()  # (B, S) tokens of each step
-    columns = F.pad(member, (0, -n_steps % d)).to(query.dtype)  # (B, L, S rounded up to whole heads)
-    alphas = []
-    for values in columns.split(d, dim=-1):
-        values = values[:, None].expand(-1, key.shape[1], -1, -1)  # (B, H_kv, L, d)
+    groups, d = query.shape[1] // key.shape[1], query.shape[-1]
+    native_gqa = groups > 1 and use_gqa_in_sdpa(mask, key, key)
+    if groups > 1 and not native_gqa:
+        key = repeat_kv(key, groups)
+    for k in torch.arange(n_steps, device=query.device).split(d):
+        member = step_ids[..., None] == k  # (B, L, c)
+        size = member.sum(dim=1).clamp(min=1)  # (B, c) tokens of each step
+        values = F.pad(member, (0, d - len(k))).to(query.dtype)[:, None].expand(-1, key.shape[1], -1, -1)  # (B, H_kv, L, d)
         attended = F.scaled_dot_product_attention(
-            query, key, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=H != key.shape[1]
+            query, key, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=native_gqa
         )  # (B, H, L, d): sum over the tokens t of step k of A[i, t]
-        alphas.append(torch.einsum("bis,bhik->bhsk", member.float(), attended.float()))
-    summed = torch.cat(alphas, dim=-1)[..., :n_steps]  # (B, H, S, S): summed over the tokens of both steps
-    return summed / size[:, None, :, None] / size[:, None, None, :]
+        yield k, attended[..., : len(k)].float() / size[:, None, None, :]
+
+
+def step_attention(query, key, step_ids, n_steps: int, mask=None, scale=None) -> torch.Tensor:
+    """alpha (B, H, S, S) of one layer (Eq. 4), fp32, to look at; FCI below never forms it. Arguments as above.
+
+    Row j depends on no token after step j. Weighted by the sizes of the attended steps, a row sums to 1.
+    """
+    member = (step_ids[..., None] == torch.arange(n_steps, device=query.device)).float()  # (B, L, S)
+    rows = member / member.sum(dim=1, keepdim=True).clamp(min=1)
+    groups = [attended for _, attended in attention_to_steps(query, key, step_ids, n_steps, mask, scale)]
+    return torch.einsum("bij,bhik->bhjk", rows, torch.cat(groups, dim=-1))
 
 
 class FCI:
@@ -101,16 +111,20 @@ class FCI:
     """
 
     def __init__(self, step_ids: torch.Tensor, delta: int = 4):
-        self.step_ids, self.n_steps = step_ids, int(step_ids.max()) + 1
-        k = torch.arange(self.n_steps, device=step_ids.device)
-        self.later = k[:, None] >= k[None, :] + delta  # (S, S): row j counts for column k
+        self.step_ids, self.delta = step_ids, delta
+        self.n_steps = int(step_ids.max()) + 1
+        of_token = step_ids.clamp(min=0)
+        sizes = torch.zeros(len(step_ids), self.n_steps, device=step_ids.device).scatter_add_(1, of_token, (step_ids != PADDING).float())
+        self.row_weight = (step_ids != PADDING) / sizes.gather(1, of_token).clamp(min=1)  # (B, L): 1 / tokens of the step it is in
         self.layers = 0
-        self._values = torch.zeros(len(step_ids), self.n_steps, device=step_ids.device)
+        self._values = torch.zeros_like(sizes)  # (B, S)
 
     def add_layer(self, query, key, mask, scale) -> None:
-        alpha = step_attention(query, key, self.step_ids, self.n_steps, mask, scale)  # (B, H, S, S), Eq. 4
-        y = (alpha * self.later).sum(dim=-2)  # (B, H, S), Eq. 5
-        self._values = torch.maximum(self._values, y.amax(dim=1))  # (B, S), Eq. 6: max over heads, and over layers
+        for k, attended in attention_to_steps(query, key, self.step_ids, self.n_steps, mask, scale):
+            later = self.step_ids[..., None] >= k + self.delta  # (B, L, c)
+            mean_of_row = (later * self.row_weight[..., None])[:, None]  # (B, 1, L, c): averages the tokens of each later step
+            y = (mean_of_row * attended).sum(dim=2)  # (B, H, c), Eq. 5
+            self._values[:, k] = torch.maximum(self._values[:, k], y.amax(dim=1))  # Eq. 6: max over heads, and over layers
         self.layers += 1
 
     @property

@@ -115,11 +115,13 @@ def load_tokenizer(model: str):
 
 
 def load_model(model: str, dtype: torch.dtype = torch.float32):
-    """Causal language model with the `fci` attention of fci.py. Raises ValueError in one sentence."""
+    """Causal language model with the `fci` attention of fci.py, on the GPU if there is one. Raises ValueError in one sentence."""
     try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="fci").eval()
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="fci")
     except Exception as error:
         raise ValueError(_cannot_load("model", model, error)) from None
+    loaded.generation_config.do_sample = True  # with a temperature but without this, transformers refuses to save the model
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def context_length(model: str) -> float:
@@ -250,10 +252,14 @@ class VLLMEngine:
     """
 
     def __init__(self, model_name: str, tokenizer, max_tokens: int, seed: int = 0, gpu_memory: float = 0.4):
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: weights are handed over as they are
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: weights are handed over as they are
         from vllm import LLM
 
-        self.eos_ids = stop_ids(tokenizer, GenerationConfig.from_pretrained(model_name))
+        try:
+            own_settings = GenerationConfig.from_pretrained(model_name)
+        except OSError:  # a model need not have any
+            own_settings = GenerationConfig()
+        self.eos_ids = stop_ids(tokenizer, own_settings)
         self.llm = LLM(
             model_name, skip_tokenizer_init=True, dtype="bfloat16" if torch.cuda.is_available() else "float32", seed=seed,
             max_model_len=max_tokens, gpu_memory_utilization=gpu_memory, enable_prefix_caching=True, generation_config="vllm",
@@ -264,10 +270,11 @@ class VLLMEngine:
         """As TorchEngine.generate."""
         from vllm import SamplingParams
 
+        seeds = torch.randint(2**62, (len(requests),)).tolist()  # torch's random state, which checkpoints keep, rules here too
         settings = dict(temperature=temperature, top_p=top_p, logprobs=0, stop_token_ids=self.eos_ids, detokenize=False)
         outputs = self.llm.generate(
             [{"prompt_token_ids": r.prompt_ids} for r in requests],
-            [SamplingParams(max_tokens=r.max_new_tokens, **settings) for r in requests],
+            [SamplingParams(max_tokens=r.max_new_tokens, seed=seed, **settings) for r, seed in zip(requests, seeds)],
             use_tqdm=False,
         )  # fmt: skip
         responses = []
@@ -300,7 +307,7 @@ def resolve_engine(name: str) -> str:
     return ("vllm" if installed and torch.cuda.is_available() else "torch") if name == "auto" else name
 
 
-def make_engine(name: str, model_name: str, tokenizer, model=None, max_tokens: int = 4096, seed: int = 0, gpu_memory: float = 0.4):
+def make_engine(name: str, model_name: str, tokenizer, model=None, *, max_tokens: int, seed: int = 0, gpu_memory: float = 0.4):
     """The engine that `resolve_engine(name)` says. model: what the torch engine samples from; None loads `model_name`."""
     if resolve_engine(name) == "vllm":
         return VLLMEngine(model_name, tokenizer, max_tokens, seed, gpu_memory)

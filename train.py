@@ -13,6 +13,7 @@ Defaults are the paper's. An algorithm and a preset override some of them; flags
 The same command again resumes from the last complete checkpoint, to the same weights as a run that was never stopped.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -30,8 +31,9 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
-from attnrl import AttnRL, Group, MethodConfig, Rollout
+from attnrl import AttnRL, Group, MethodConfig, Rollout, check_signs
 from eval import evaluate, grade, load_problems
+from fci import split_steps
 from sampler import context_length, load_model, load_tokenizer, make_engine, prompt_ids, resolve_engine
 
 HERE = Path(__file__).parent
@@ -87,6 +89,11 @@ PRESETS = {
 }  # fmt: skip
 
 
+MAY_CHANGE = set(  # fields with which a run may be resumed under another value: where, how long, and memory knobs
+    "output_dir steps token_budget microbatch_tokens logit_chunk gradient_checkpointing gpu_memory threads save_every keep_checkpoints".split()
+)
+
+
 class InputError(ValueError):
     """Something the user gave cannot work; the message says what and how to mend it."""
 
@@ -106,10 +113,13 @@ def parse_config(argv: list[str]) -> tuple[RunConfig, MethodConfig]:
     parser.set_defaults(**PRESETS.get(name, {}) | ALGORITHMS[run.algo])
     run, method = parser.parse_args_into_dataclasses(argv)
     run.output_dir = run.output_dir or f"runs/{run.algo}-{Path(run.model).name}-{run.seed}"
-    for name in ("steps", "eval_every", "eval_samples", "save_every", "keep_checkpoints", "lr"):
-        if getattr(run, name) <= 0:
-            raise InputError(f"{name} must be above 0, got {getattr(run, name)}")
+    for name in ("model", "train_data", "test_data"):  # a local path reads the same from every folder
+        if Path(getattr(run, name)).exists():
+            setattr(run, name, str(Path(getattr(run, name)).resolve()))
     try:
+        check_signs(run, may_be_zero={"seed", "token_budget", "weight_decay", "threads", "eval_problems", "eval_temperature"})
+        if run.gpu_memory > 1:
+            raise ValueError(f"gpu_memory is a share of the GPU, at most 1, got {run.gpu_memory}")
         method.check()
     except ValueError as error:
         raise InputError(error) from None
@@ -142,12 +152,17 @@ def load_data(run: RunConfig, method: MethodConfig, tokenizer) -> tuple[list[dic
     return train, test
 
 
+@functools.lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
 def next_groups(problems: list[dict], tokenizer, position: int, count: int, seed: int) -> list[Group]:
     """Problems position .. position + count of an endless stream that visits all of them in a new order each epoch."""
     groups = []
     for i in range(position, position + count):
         epoch, index = divmod(i, len(problems))
-        p = problems[np.random.default_rng([seed, epoch]).permutation(len(problems))[index]]
+        p = problems[epoch_order(len(problems), seed, epoch)[index]]
         groups.append(Group(p["problem"], p["answers"], prompt_ids(tokenizer, p["problem"])))
     return groups
 
@@ -227,8 +242,6 @@ def append(path: Path, record: dict) -> None:
 
 def describe_tree(group: Group, step: int, trainer: AttnRL) -> dict:
     """A problem's tree as plain text and numbers, for rollouts.jsonl."""
-    from fci import split_steps
-
     rollouts = []
     for r in group.rollouts:
         texts = [trainer.text_of(i) for i in r.ids]
@@ -279,7 +292,7 @@ def train(run: RunConfig, method: MethodConfig) -> None:
         tokenizer = load_tokenizer(run.model)
         train_problems, test_problems = load_data(run, method, tokenizer)
         checkpoint, state = prepare_output(out, run, method)
-        if state.get("finished"):
+        if state and not state["pending"] and budget_used(run, state["step"], state["totals"]["tokens"]):
             print(
                 f"{out} is complete (test accuracy {state['test_accuracy']:.1%}): delete it, or choose another --output_dir, to run again"
             )
@@ -301,13 +314,13 @@ def train(run: RunConfig, method: MethodConfig) -> None:
             result = evaluate(trainer.engine, tokenizer, test_problems, **settings)
         return {"test_accuracy": result["pass@1"], "test_tokens": result["mean_tokens"], "test_truncated": result["truncated"]}
 
-    def spent() -> bool:  # no new problems are sampled any more
-        return step + bool(trainer.pending) >= run.steps or bool(run.token_budget and trainer.totals["tokens"] >= run.token_budget)
+    def sampling_ended() -> bool:  # a pending batch will be the step after this one
+        return budget_used(run, step + bool(trainer.pending), trainer.totals["tokens"])
 
-    def over() -> bool:
-        return spent() and not trainer.pending
+    def finished() -> bool:
+        return sampling_ended() and not trainer.pending
 
-    def done() -> int:
+    def so_far() -> int:
         return min(trainer.totals["tokens"], run.token_budget) if run.token_budget else step
 
     # ---- steps
@@ -317,16 +330,16 @@ def train(run: RunConfig, method: MethodConfig) -> None:
         append(out / "metrics.jsonl", {"step": 0, **tested, "total_tokens": 0})
         state = {"first_accuracy": tested["test_accuracy"], "log_lines": 1, "tree_lines": 0}
     unit = "token" if run.token_budget else "step"
-    progress = tqdm(total=run.token_budget or run.steps, initial=done(), unit=unit, unit_scale=bool(run.token_budget), dynamic_ncols=True)
-    while not over():
-        count = 0 if spent() else trainer.sampler.batch_size
+    progress = tqdm(total=run.token_budget or run.steps, initial=so_far(), unit=unit, unit_scale=bool(run.token_budget), dynamic_ncols=True)
+    while not finished():
+        count = 0 if sampling_ended() else trainer.sampler.batch_size
         metrics, batch = trainer.step(next_groups(train_problems, tokenizer, position, count, run.seed))
         position += count
         step += bool(batch)
 
         # ---- log, evaluate, save
         record = {"step": step, **metrics}
-        if batch and (step % run.eval_every == 0 or over()):
+        if batch and (step % run.eval_every == 0 or finished()):
             record |= test()
             state["test_accuracy"] = record["test_accuracy"]
             progress.write(f"step {step:4d}: {record['test_accuracy']:.1%}")
@@ -335,11 +348,11 @@ def train(run: RunConfig, method: MethodConfig) -> None:
         if batch:
             append(out / "rollouts.jsonl", describe_tree(max(batch, key=lambda g: g.mixed() * len(g.rollouts)), step, trainer))
             state["tree_lines"] += 1
-        if batch and (step % run.save_every == 0 or over()):
-            save_checkpoint(out, step, trainer, state | {"position": position, "finished": over()}, run.keep_checkpoints)
+        if batch and (step % run.save_every == 0 or finished()):
+            save_checkpoint(out, step, trainer, state | {"position": position}, run.keep_checkpoints)
             plot_curves(out)
         progress.set_postfix(step=step, reward=f"{record.get('reward', float('nan')):.2f}", prompts=count, refresh=False)
-        progress.update(done() - progress.n)
+        progress.update(so_far() - progress.n)
     progress.close()
     trainer.engine.close()
     gain = f"{state['first_accuracy']:.1%} -> {state['test_accuracy']:.1%} of the held-out problems solved"
@@ -347,20 +360,24 @@ def train(run: RunConfig, method: MethodConfig) -> None:
     print(f"see {out}/curves.png, metrics.jsonl, rollouts.jsonl and checkpoint-{step}/")
 
 
+def budget_used(run: RunConfig, steps: int, tokens: int) -> bool:
+    return steps >= run.steps or 0 < run.token_budget <= tokens
+
+
 def build(run: RunConfig, method: MethodConfig, tokenizer, checkpoint: Path | None) -> AttnRL:
     """Model, reference, optimiser and engine. Weights come from the checkpoint, if there is one."""
     torch.manual_seed(run.seed)
     if run.threads:
         torch.set_num_threads(run.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    autocast = torch.bfloat16 if run.autocast == "bfloat16" or (run.autocast == "auto" and device.type == "cuda") else None
-    model = load_model(str(checkpoint or run.model)).to(device)
-    reference = load_model(run.model, autocast or torch.float32).to(device).requires_grad_(False) if method.kl_coef else None
+    on_gpu = torch.cuda.is_available()
+    autocast = torch.bfloat16 if run.autocast == "bfloat16" or (run.autocast == "auto" and on_gpu) else None
+    model = load_model(str(checkpoint or run.model))
+    reference = load_model(run.model, autocast or torch.float32).requires_grad_(False) if method.kl_coef else None
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=run.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=run.weight_decay, fused=on_gpu)  # fused: no copy of the state
     longest = method.max_prompt_tokens + method.max_response_tokens
-    engine = make_engine(run.engine, run.model, tokenizer, model, longest, run.seed, run.gpu_memory)
+    engine = make_engine(run.engine, run.model, tokenizer, model, max_tokens=longest, seed=run.seed, gpu_memory=run.gpu_memory)
     return AttnRL(method, model, reference, tokenizer, engine, optimizer, grade, run.seed, autocast)
 
 
@@ -369,13 +386,13 @@ def prepare_output(out: Path, run: RunConfig, method: MethodConfig) -> tuple[Pat
     config, path = asdict(run) | asdict(method), out / "config.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text()) if path.exists() else config
-        path.write_text(json.dumps(config, indent=2))
+        if not path.exists():
+            path.write_text(json.dumps(config, indent=2))
+        before = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"cannot use {out} for the run: {error}") from None
-    changed = [f"{name} ({before.get(name)} -> {value})" for name, value in config.items() if before.get(name) != value]
+    changed = [f"{name} ({before.get(name)} -> {value})" for name, value in config.items() if before.get(name) != value and name not in MAY_CHANGE]
     if changed:
-        path.write_text(json.dumps(before, indent=2))
         raise InputError(f"{out} holds a run with other settings, {', '.join(changed)}: use them, or another --output_dir")
     found = checkpoints(out)
     state = read_state(found[-1]) if found else {}

@@ -41,17 +41,8 @@ T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 
 def run(name: str, flags: str, seed: int, out: Path) -> list[dict]:
     """Metrics of one run, a dict a line."""
     directory = out / f"{name.replace(' ', '_').replace(',', '').replace('.', '')}-{seed}"
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        *flags.split(),
-        "--seed",
-        str(seed),
-        "--output_dir",
-        str(directory),
-        "--threads",
-        "1",
-    ]
+    settings = ["--seed", str(seed), "--output_dir", str(directory), "--threads", "1"]
+    command = [sys.executable, str(ROOT / "train.py"), *flags.split(), *settings]
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {finished.stderr.strip().splitlines()[-1]}")

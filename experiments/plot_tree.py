@@ -8,6 +8,7 @@ its steps (darker: higher), with the two branch points marked.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -59,7 +60,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("tree.png"))
     args = parser.parse_args()
     trees = [json.loads(line) for line in (args.run / "rollouts.jsonl").read_text().splitlines()]
-    draw(next(t for t in trees if t["step"] == args.step), args.out)
+    found = [t for t in trees if t["step"] == args.step]
+    if not found or not found[0]["rollouts"][0]["advantages"]:
+        sys.exit(f"step {args.step} of {args.run} has no tree with advantages; try one of {[t['step'] for t in trees if t['rollouts'][0]['advantages']]}")
+    draw(found[0], args.out)
     print(f"wrote {args.out}")
 
 

@@ -298,7 +298,7 @@ def test_make_engine_falls_back_to_torch(model, tokenizer):
     """`torch` and, without vLLM or CUDA, `auto` sample from the model that is given."""
     names = ["torch"] if torch.cuda.is_available() else ["torch", "auto"]
     for name in names:
-        made = make_engine(name, str(TINY), tokenizer, model)
+        made = make_engine(name, str(TINY), tokenizer, model, max_tokens=256)
         assert isinstance(made, TorchEngine) and made.model is model
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,10 @@ def refuse_to_load(*args):
         (["--batch_size", "many"], "many"),
         (["--learning_rate", "1"], "learning_rate"),
         (["--steps", "0"], "steps"),
+        (["--token_budget", "-1"], "token_budget"),
+        (["--seed", "-1"], "seed"),
+        (["--lr", "nan"], "lr"),
+        (["--gpu_memory", "7"], "gpu_memory"),
         (["--output_dir", "{tmp}/column.jsonl"], "column.jsonl"),
         (["--engine", "vllm"], "vllm"),
     ],
@@ -232,12 +237,8 @@ def test_half_written_checkpoints_are_not_taken_for_one(tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no digests"])
 def test_a_damaged_checkpoint_is_named_before_the_model_loads(tmp_path, uninterrupted, monkeypatch, damage):
-    import shutil
-
     out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
-    config = json.loads((out / "config.json").read_text()) | {"output_dir": str(out)}
-    (out / "config.json").write_text(json.dumps(config))
     weights = out / "checkpoint-4/model.safetensors"
     if damage == "truncate":
         weights.write_bytes(weights.read_bytes()[:1000])
@@ -259,3 +260,11 @@ def test_other_settings_are_refused_and_change_nothing(tmp_path, uninterrupted):
     with pytest.raises(InputError, match=r"clip_high \(0.28 -> 0.5\)"):
         run("--output_dir", uninterrupted, "--steps", 4, "--clip_high", 0.5)
     assert (uninterrupted / "config.json").read_text() == before
+
+
+def test_a_finished_run_can_be_extended_and_memory_knobs_may_change(tmp_path, uninterrupted):
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted, out)
+    run("--output_dir", out, "--steps", 5, "--microbatch_tokens", 999)
+    assert metrics(out)[: len(metrics(uninterrupted))] == metrics(uninterrupted)
+    assert metrics(out)[-1]["step"] == 5 and (out / "checkpoint-5").exists()
