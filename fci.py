@@ -115,7 +115,7 @@ class FCI:
         self.n_steps = int(step_ids.max()) + 1
         of_token = step_ids.clamp(min=0)
         sizes = torch.zeros(len(step_ids), self.n_steps, device=step_ids.device).scatter_add_(1, of_token, (step_ids != PADDING).float())
-        self.row_weight = (step_ids != PADDING) / sizes.gather(1, of_token).clamp(min=1)  # (B, L): 1 / tokens of the step it is in
+        self.row_weight = 1 / sizes.gather(1, of_token).clamp(min=1)  # (B, L): 1 / tokens of the step that the token is in
         self.layers = 0
         self._values = torch.zeros_like(sizes)  # (B, S)
 
