@@ -301,7 +301,7 @@ def train(run: RunConfig, method: MethodConfig) -> None:
     except ValueError as error:
         raise InputError(error) from None
     size = sum(p.numel() for p in trainer.model.parameters())
-    print(f"{run.algo}: {run.model}, {size:,} parameters on {trainer.model.device}; {len(train_problems)} problems; engine {run.engine}")
+    print(f"{run.algo}: {Path(run.model).name}, {size:,} parameters on {trainer.model.device}; {len(train_problems)} problems; engine {run.engine}")
     if checkpoint:
         print(f"resuming from {checkpoint}")
         restore(trainer, checkpoint, state)

@@ -76,7 +76,8 @@ def main() -> None:
         last = [records[-1] for records in runs]
         totals = [f"{mean(r[f'total_{key}'] for r in last):,.0f}" for key in ("tokens", "problems", "updates")]
         after = interval([records[-1]["test_accuracy"] for records in runs])
-        print(f"| {name} | `{rows[name]}` | {100 * runs[0][0]['test_accuracy']:.1f} | {after} | {' | '.join(totals)} |")
+        before = interval([records[0]["test_accuracy"] for records in runs])
+        print(f"| {name} | `{rows[name]}` | {before} | {after} | {' | '.join(totals)} |")
 
 
 if __name__ == "__main__":
