@@ -81,7 +81,6 @@ WRONG = [
     ("7 \\times 10^{37}", "7 \\times 10^{36}"),
     ("8.2 \\times 10^{-19}", "0"),
     ("5", "5 - x"),
-    ("2", "2m"),
     (r"(0,9) \cup (9,36)", "(0,36)"),
 ]
 HOSTILE = {
@@ -102,6 +101,10 @@ HOSTILE = {
     "empty elements": "\\boxed{(,)}",
     "code": "\\boxed{__import__('os').getcwd()}",
 }
+
+
+def test_a_unit_needs_its_space():
+    assert evaluation.normalise("2 m") == "2" and evaluation.normalise("2m") == "2m"
 
 
 @pytest.mark.parametrize("gold, answer", CORRECT)
