@@ -229,15 +229,17 @@ class AttnRL:
         training = self.update(useful)
         if useful:
             self.push()
-        n_useful = sum(any(r.advantages) for g in useful for r in g.rollouts)
+        trained = batch_metrics(batch, useful)
         if cfg.adaptive_batch and batch:
+            n_useful = trained["valid_sequences"]
             self.sampler.resize(cfg.target_sequences, n_useful, cfg.batch_decay, cfg.min_batch_size, cfg.max_batch_size)
+
         self.totals["problems"] += len(groups)
         gaps = np.concatenate(self.gaps) if self.gaps else np.zeros(1)
-        sampling |= {"engine_gap_mean": float(gaps.mean()), "engine_gap_max": float(gaps.max())}
-        metrics = {**sampling, **batch_metrics(batch, useful), **training, "next_batch_size": self.sampler.batch_size}
-        times = {**self.seconds, "time_step": time.perf_counter() - started}
-        return metrics | times | {f"total_{name}": count for name, count in self.totals.items()}, batch
+        metrics = {"engine_gap_mean": float(gaps.mean()), "engine_gap_max": float(gaps.max()), "next_batch_size": self.sampler.batch_size}
+        metrics |= sampling | trained | training
+        metrics |= {**self.seconds, "time_step": time.perf_counter() - started}
+        return metrics | {f"total_{name}": count for name, count in self.totals.items()}, batch
 
     # -- 1. generate and grade
 
@@ -311,16 +313,8 @@ class AttnRL:
             for family in choose_responses(rewards, count, self.rng):
                 entropies, steps = of_rollout[id(group.rollouts[family])]
                 fci = np.array(group.rollouts[family].fci)
-                points = branch_points(
-                    cfg.branching,
-                    [s for s, _ in steps],
-                    fci,
-                    entropies,
-                    cfg.n_branch_points,
-                    cfg.branch_quantile,
-                    cfg.min_branch_gap,
-                    self.rng,
-                )
+                starts, n, gap = [start for start, _ in steps], cfg.n_branch_points, cfg.min_branch_gap
+                points = branch_points(cfg.branching, starts, fci, entropies, n, cfg.branch_quantile, gap, self.rng)
                 group.branches += [(family, p) for p in points]
         entropies = np.concatenate([h for h, _ in scored])
         return {

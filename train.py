@@ -293,9 +293,7 @@ def train(run: RunConfig, method: MethodConfig) -> None:
         train_problems, test_problems = load_data(run, method, tokenizer)
         checkpoint, state = prepare_output(out, run, method)
         if state and not state["pending"] and budget_used(run, state["step"], state["totals"]["tokens"]):
-            print(
-                f"{out} is complete (test accuracy {state['test_accuracy']:.1%}): delete it, or choose another --output_dir, to run again"
-            )
+            print(f"{out} is complete after {state['step']} steps: raise the budget to go on, or choose another --output_dir")
             return
         trainer = build(run, method, tokenizer, checkpoint)
     except ValueError as error:
