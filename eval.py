@@ -347,9 +347,9 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
     """Evaluate each benchmark of `args.data`, print the table; {source: result of `evaluate`}. ValueError for bad input."""
     benchmarks = {source: load_problems(source, args.split)[: args.limit] for source in args.data}  # before the weights are read
     import torch
+    from transformers.utils import logging
 
     from sampler import context_length, load_tokenizer, make_engine, prompt_ids
-    from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading the weights
     tokenizer, context = load_tokenizer(args.model), context_length(args.model)

@@ -10,8 +10,9 @@ import types
 from fractions import Fraction
 from pathlib import Path
 
-import eval as evaluation
 import pytest
+
+import eval as evaluation
 from eval import CHECKER, boxed_answer, elements, evaluate, grade, load_problems, normalise, number, pass_at_k
 
 ROOT = Path(__file__).resolve().parent.parent

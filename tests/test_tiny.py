@@ -5,10 +5,10 @@ import random
 import re
 
 from conftest import TINY
-from tiny.make import MIN_DISTANCE, Problem, Teacher, make_problem, step_kind
 
 from fci import split_steps
 from sampler import prompt_ids
+from tiny.make import MIN_DISTANCE, Problem, Teacher, make_problem, step_kind
 
 
 def read(name):
