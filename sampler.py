@@ -270,11 +270,12 @@ class VLLMEngine:
         """As TorchEngine.generate."""
         from vllm import SamplingParams
 
-        seeds = torch.randint(2**62, (len(requests),)).tolist()  # torch's random state, which checkpoints keep, rules here too
+        # vLLM draws from torch's random state or NumPy's, by backend: the former, which checkpoints keep, rules both.
+        np.random.seed(torch.randint(2**31, ()).item())
         settings = dict(temperature=temperature, top_p=top_p, logprobs=0, stop_token_ids=self.eos_ids, detokenize=False)
         outputs = self.llm.generate(
             [{"prompt_token_ids": r.prompt_ids} for r in requests],
-            [SamplingParams(max_tokens=r.max_new_tokens, seed=seed, **settings) for r, seed in zip(requests, seeds)],
+            [SamplingParams(max_tokens=r.max_new_tokens, **settings) for r in requests],
             use_tqdm=False,
         )  # fmt: skip
         responses = []
