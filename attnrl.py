@@ -123,7 +123,9 @@ class Group:
     fci: float | None = None  # mean over responses of the mean over their steps
     kept: bool = True  # passed the filter of Eq. 8
     branches: list[tuple[int, int]] = field(default_factory=list)  # (family, branch point)
-    initial_rewards: list[float] = field(default_factory=list)
+
+    def initial_rewards(self) -> list[float]:
+        return [r.reward for r in self.rollouts if r.start == 0]
 
     def leaves(self) -> list[Leaf]:
         return [Leaf(r.family, r.start, len(r.ids), r.reward) for r in self.rollouts]
@@ -303,7 +305,7 @@ class AttnRL:
         scored = self.score(fresh, with_fci=cfg.branching == "fci" or cfg.fci_filter != "none")
         of_rollout = {id(r): s for (_, r), s in zip(fresh, scored)}
         for group in groups:
-            group.initial_rewards = rewards = [r.reward for r in group.rollouts]
+            rewards = group.initial_rewards()
             if group.rollouts[0].fci:
                 group.fci = float(np.mean([np.mean(r.fci) for r in group.rollouts]))
                 group.kept = self.sampler.keep(group.fci, rewards, cfg.fci_filter)
@@ -406,8 +408,9 @@ def batch_metrics(batch: list[Group], useful: list[Group]) -> dict:
     if not batch:
         return {}
     rollouts = [r for g in batch for r in g.rollouts]
+    valid = [r for r in rollouts if any(r.advantages)]
     mc = [[r.reward for r in g.rollouts if r.start > 0] for g in batch if g.branches]
-    uniform = [g for g in batch if len(set(g.initial_rewards)) == 1]
+    uniform = [g for g in batch if len(set(g.initial_rewards())) == 1]
     share = lambda flags: float(np.mean(flags)) if flags else None  # noqa: E731
     return {
         "mc_solve_all": share([min(rewards) == 1 for rewards in mc]),
@@ -415,10 +418,10 @@ def batch_metrics(batch: list[Group], useful: list[Group]) -> dict:
         "mc_valid": share([min(rewards) < max(rewards) for rewards in mc]),
         "rescued": share([g.mixed() for g in uniform]),  # invalid after initial sampling, valid after MC
         "valid_problems": len(useful),
-        "valid_sequences": sum(any(r.advantages) for r in rollouts),
+        "valid_sequences": len(valid),
         "sequences": len(rollouts),
-        "valid_tokens": sum(len(r.ids) for r in rollouts if any(r.advantages)) / sum(len(r.ids) for r in rollouts),
+        "valid_tokens": sum(len(r.ids) for r in valid) / sum(len(r.ids) for r in rollouts),
         "problem_fci": [g.fci for g in batch],
-        "problem_initial_reward": [float(np.mean(g.initial_rewards)) for g in batch],
+        "problem_initial_reward": [float(np.mean(g.initial_rewards())) for g in batch],
         "problem_valid": [g.mixed() for g in batch],
     }

@@ -26,16 +26,10 @@ def draw(tree: dict, out: Path) -> None:
     for row, r in enumerate(rollouts):
         length = r["advantages"][-1][1]
         for start, end, advantage in r["advantages"]:
-            if end > r["start"]:
-                axis.barh(
-                    row,
-                    end - max(start, r["start"]),
-                    left=max(start, r["start"]),
-                    height=0.5,
-                    color=plt.cm.RdBu(advantage_norm(advantage)),
-                    edgecolor="0.6",
-                    linewidth=0.4,
-                )
+            own = max(start, r["start"])  # the prefix is drawn once, in the initial response
+            if end > own:
+                color = plt.cm.RdBu(advantage_norm(advantage))
+                axis.barh(row, end - own, left=own, height=0.5, color=color, edgecolor="0.6", linewidth=0.4)
         for start, end, y in zip(r["step_starts"], [*r["step_starts"][1:], length], r["fci"]):
             axis.barh(row - 0.37, end - start, left=start, height=0.16, color=plt.cm.Greys(fci_norm(y)), edgecolor="white", linewidth=0.6)
         for family, point in {tuple(b) for b in tree["branches"]}:
@@ -60,10 +54,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("tree.png"))
     args = parser.parse_args()
     trees = [json.loads(line) for line in (args.run / "rollouts.jsonl").read_text().splitlines()]
-    found = [t for t in trees if t["step"] == args.step]
-    if not found or not found[0]["rollouts"][0]["advantages"]:
-        sys.exit(f"step {args.step} of {args.run} has no tree with advantages; try one of {[t['step'] for t in trees if t['rollouts'][0]['advantages']]}")
-    draw(found[0], args.out)
+    by_step = {t["step"]: t for t in trees if t["rollouts"][0]["advantages"]}
+    if args.step not in by_step:
+        sys.exit(f"step {args.step} of {args.run} has no tree with advantages; try one of {list(by_step)}")
+    draw(by_step[args.step], args.out)
     print(f"wrote {args.out}")
 
 

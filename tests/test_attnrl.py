@@ -289,6 +289,6 @@ def test_rollout_round_trips_through_plain_dicts():
     from dataclasses import asdict
 
     rollout = Rollout(1, 3, [5, 6], [-0.25], True, 1.0, [-1.0, -0.25], [0.0], [])
-    group = Group("p", ["1"], [1, 2], [rollout], 0.5, True, [(1, 3)], [1.0])
+    group = Group("p", ["1"], [1, 2], [rollout], 0.5, True, [(1, 3)])
     raw = asdict(group)
     assert Group(**raw | {"rollouts": [Rollout(**r) for r in raw["rollouts"]]}) == group

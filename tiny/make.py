@@ -131,7 +131,7 @@ def vocabulary() -> list[str]:
     digits = range(MOD)
     results = [f"{x}={v}" for x in LABELS for v in digits]
     return [
-        *(f"{w}" for w in ("<pad>", "<unk>", "<bos>", "<eos>", "<user>", "<assistant>", "<think>", "</think>", INSTRUCTION)),
+        "<pad>", "<unk>", "<bos>", "<eos>", "<user>", "<assistant>", "<think>", "</think>", INSTRUCTION,
         "\n\n", "\n", " ", ", ", ", find ", ".",
         *(f"a={v}" for v in digits),
         *(f"{y}={x}" for x, y in zip(LABELS, LABELS[1:])),
