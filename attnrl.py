@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from transformers.hf_argparser import HfArg
 
-from fci import FCI, PADDING, check_projection, collate, count_scored_steps, fci_scores, split_steps, step_ids_of, token_logps
+from fci import FCI, PADDING, check_model, collate, count_scored_steps, fci_scores, split_steps, step_ids_of, token_logps
 from sampler import AdaptiveSampler, Request, choose_responses, expansion
 from tree import Leaf, branch_points, group_advantages, tree_advantages
 
@@ -196,7 +196,7 @@ class AttnRL:
         reward_fn: Callable[[str, list[str]], bool], seed: int = 0, autocast: torch.dtype | None = None,
     ):  # fmt: skip
         cfg.check()
-        check_projection(model)
+        check_model(model)
         self.cfg, self.model, self.reference, self.tokenizer = cfg, model, reference, tokenizer
         self.engine, self.optimizer, self.reward_fn = engine, optimizer, reward_fn
         self.sampler = AdaptiveSampler(cfg.batch_size)

@@ -8,9 +8,14 @@ A step that many later steps attend to carries the reasoning, so AttnRL branches
 
 **How it is computed.** Attention is linear in its values. Running fused attention once more with *step indicators* as
 values (column k is 1 on the tokens of step k) returns the summed attention of every token to every step: never an L x L
-matrix. Fused kernels want values as wide as keys, so d steps go at a time, d being the width of a head; memory is linear in
-the number L of tokens whatever the number S of steps, and there are S / d such passes a layer. Indicators are 0 or 1, exact in bf16;
-division by the step's length and all sums follow in fp32.
+matrix. Indicators are 0 or 1, exact in bf16; division by the sizes of steps and all sums follow in fp32.
+
+**What it costs.** Fused kernels want values as wide as keys, so d steps go at a time, d being the width of a head: S / d passes a
+layer, each as dear as the layer's own attention, in memory linear in the number L of tokens whatever the number of steps. On a GPU
+in bf16 all passes go to flash attention (d <= 256); with a mask, as sliding windows bring, or in fp32, to the memory-efficient kernel;
+values of another width than d would fall to the kernel that does write L x L down. On paper, for the 1.5B model (28 layers, 12 heads, d = 128)
+and L = 9,216: a pass takes 28 * 12 * 4 d * L^2 / 2 = 7.3 TFLOP, a forward pass without FCI 2 * 1.54e9 * L + 7.3 = 36 TFLOP, so 128 steps
+add a fifth of the FLOPs of one forward pass. experiments/bench_fci.py measures it.
 
 **How it gets in.** transformers lets anyone register an attention function. Ours is named `fci`: it is
 `sdpa_attention_forward`, plus a look at the queries and keys when the caller passes `fci=FCI(...)` to the model:
@@ -21,12 +26,15 @@ division by the step's length and all sums follow in fp32.
     scores.values                      # (B, S)
 
 It works for every decoder that uses the interface, grouped queries and sliding windows included, without a line about any of them;
-soft-capped attention and attention sinks are refused, since the fused kernels have neither. Batches are right-padded and need no
+`check_model` refuses the others. Soft-capped attention and attention sinks are refused, since the fused kernels have neither. Batches are right-padded and need no
 padding mask: causality hides the padding. (For a sliding window transformers itself makes an L x L boolean mask.)
 
-Differences from the paper, all from the released code: steps fall back to single line breaks, then to tokens; the prompt,
-the first step, and everything from the last `</think>` on score 0. The released code copies a transformers model file
+Differences from the paper, from the released code: steps fall back to single line breaks, then to tokens; the prompt, the first
+step, and everything from the last `</think>` on score 0. Our own: before falling back we look for a blank line made of two tokens, as
+some tokenizers write it; otherwise the lone second line break would be a step, and one that attracts much attention. The released code copies a transformers model file
 and patches its attention instead.
+
+    python fci.py --problem "a=3, b=a+2, c=b*4, d=c+1, e=d+c, f=e+2, find f."      # look at it, see experiments/show_fci.py
 """
 
 import torch
@@ -43,17 +51,19 @@ PADDING = -1  # step id of padding tokens
 def split_steps(token_texts: list[str]) -> list[tuple[int, int]]:
     """Cut a response into steps: half-open token spans [start, end) that cover it.
 
-    A step ends with a token that contains two consecutive line breaks; if there is none, with a token that
-    contains one; if there is none either, every token is a step.
+    A step ends with a token that contains two consecutive line breaks; if there is none, where two such tokens make up
+    a blank line together; if there is none either, with a token that contains one line break; else every token is a step.
 
-    >>> split_steps(["So", " x", ".\\n\\n", "Then", "\\n", "y"])
-    [(0, 3), (3, 6)]
+    >>> split_steps(["So", " x", ".\\n\\n", "Then", "\\n", "y"]), split_steps(["So", "\\n", "\\n", "y\\n", "z"])
+    ([(0, 3), (3, 6)], [(0, 3), (3, 5)])
     >>> split_steps(["a", "\\n", "b"]), split_steps(["a", "b"])
     ([(0, 2), (2, 3)], [(0, 1), (1, 2)])
     """
-    ends = list(range(1, len(token_texts) + 1))
-    for line_breaks in ("\n", "\n\n"):
-        ends = [i + 1 for i, text in enumerate(token_texts) if line_breaks in text] or ends
+    joined = [before[-1:] + text for before, text in zip(["", *token_texts], token_texts)]
+    rules = ((token_texts, "\n\n"), (joined, "\n\n"), (token_texts, "\n"), (token_texts, ""))
+    ends: list[int] = []
+    for texts, mark in rules:
+        ends = ends or [i + 1 for i, text in enumerate(texts) if mark in text]
     if ends and ends[-1] < len(token_texts):
         ends.append(len(token_texts))
     return list(zip([0, *ends], ends))
@@ -61,8 +71,8 @@ def split_steps(token_texts: list[str]) -> list[tuple[int, int]]:
 
 def count_scored_steps(token_texts: list[str], steps: list[tuple[int, int]]) -> int:
     """Number of leading steps that may score: those before the step with the last `</think>`, or all of them."""
-    thinks = [i for i, text in enumerate(token_texts) if THINK_END in text]
-    return sum(end <= thinks[-1] for _, end in steps) if thinks else len(steps)
+    answers = [k for k, (start, end) in enumerate(steps) if THINK_END in "".join(token_texts[start:end])]
+    return answers[-1] if answers else len(steps)
 
 
 def step_ids_of(prompt_length: int, steps: list[tuple[int, int]]) -> list[int]:
@@ -71,24 +81,29 @@ def step_ids_of(prompt_length: int, steps: list[tuple[int, int]]) -> list[int]:
 
 
 def attention_to_steps(query, key, step_ids, n_steps: int, mask=None, scale=None):
-    """Mean attention from every token to the tokens of every step, of one layer: the inner mean of Eq. 4.
+    """Attention that every token pays to the tokens of every step together, of one layer: the inner sum of Eq. 4.
 
     query (B, H, L, d), key (B, H_kv, L, d): after rotary embedding. step_ids (B, L): long, PADDING where padded.
     mask: None (causal) or what `scaled_dot_product_attention` takes. Yields (k, attended) for groups of at most d steps:
-    k (c,) their numbers, attended (B, H, L, c) fp32.
+    k (c,) their numbers, attended (B, H, L, c) fp32, in [0, 1].
     """
     groups, d = query.shape[1] // key.shape[1], query.shape[-1]
     native_gqa = groups > 1 and use_gqa_in_sdpa(mask, key, key)
     if groups > 1 and not native_gqa:
         key = repeat_kv(key, groups)
     for k in torch.arange(n_steps, device=query.device).split(d):
-        member = step_ids[..., None] == k  # (B, L, c)
-        size = member.sum(dim=1).clamp(min=1)  # (B, c) tokens of each step
-        values = F.pad(member, (0, d - len(k))).to(query.dtype)[:, None].expand(-1, key.shape[1], -1, -1)  # (B, H_kv, L, d)
+        indicators = (step_ids[..., None] == k).to(query.dtype)  # (B, L, c)
+        values = F.pad(indicators, (0, d - len(k)))[:, None].expand(-1, key.shape[1], -1, -1)  # (B, H_kv, L, d)
         attended = F.scaled_dot_product_attention(
             query, key, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=native_gqa
         )  # (B, H, L, d): sum over the tokens t of step k of A[i, t]
-        yield k, attended[..., : len(k)].float() / size[:, None, None, :]
+        yield k, attended[..., : len(k)].float()
+
+
+def step_sizes(step_ids, n_steps: int) -> torch.Tensor:
+    """Tokens of every step, (B, n_steps) fp32; 1 for steps that a sequence does not have, as it divides."""
+    sizes = torch.zeros(len(step_ids), n_steps, device=step_ids.device)
+    return sizes.scatter_add_(1, step_ids.clamp(min=0), (step_ids != PADDING).float()).clamp(min=1)
 
 
 def step_attention(query, key, step_ids, n_steps: int, mask=None, scale=None) -> torch.Tensor:
@@ -96,10 +111,10 @@ def step_attention(query, key, step_ids, n_steps: int, mask=None, scale=None) ->
 
     Row j depends on no token after step j. Weighted by the sizes of the attended steps, a row sums to 1.
     """
+    sizes = step_sizes(step_ids, n_steps)[:, None]  # (B, 1, S)
     member = (step_ids[..., None] == torch.arange(n_steps, device=query.device)).float()  # (B, L, S)
-    rows = member / member.sum(dim=1, keepdim=True).clamp(min=1)
-    groups = [attended for _, attended in attention_to_steps(query, key, step_ids, n_steps, mask, scale)]
-    return torch.einsum("bij,bhik->bhjk", rows, torch.cat(groups, dim=-1))
+    attended = torch.cat([a for _, a in attention_to_steps(query, key, step_ids, n_steps, mask, scale)], dim=-1)
+    return torch.einsum("bij,bhik->bhjk", member / sizes, attended) / sizes[:, None]
 
 
 class FCI:
@@ -113,17 +128,16 @@ class FCI:
     def __init__(self, step_ids: torch.Tensor, delta: int = 4):
         self.step_ids, self.delta = step_ids, delta
         self.n_steps = int(step_ids.max()) + 1
-        of_token = step_ids.clamp(min=0)
-        sizes = torch.zeros(len(step_ids), self.n_steps, device=step_ids.device).scatter_add_(1, of_token, (step_ids != PADDING).float())
-        self.row_weight = 1 / sizes.gather(1, of_token).clamp(min=1)  # (B, L): 1 / tokens of the step that the token is in
+        self.sizes = step_sizes(step_ids, self.n_steps)
+        self.row_weight = 1 / self.sizes.gather(1, step_ids.clamp(min=0))  # (B, L): 1 / tokens of the step that the token is in
         self.layers = 0
-        self._values = torch.zeros_like(sizes)  # (B, S)
+        self._values = torch.zeros_like(self.sizes)  # (B, S)
 
     def add_layer(self, query, key, mask, scale) -> None:
         for k, attended in attention_to_steps(query, key, self.step_ids, self.n_steps, mask, scale):
             later = self.step_ids[..., None] >= k + self.delta  # (B, L, c)
-            mean_of_row = (later * self.row_weight[..., None])[:, None]  # (B, 1, L, c): averages the tokens of each later step
-            y = (mean_of_row * attended).sum(dim=2)  # (B, H, c), Eq. 5
+            rows = (later * self.row_weight[..., None])[:, None]  # (B, 1, L, c): averages the tokens of each later step
+            y = attended.mul_(rows).sum(dim=2) / self.sizes[:, None, k]  # (B, H, c), Eq. 5; in place: it is the largest tensor here
             self._values[:, k] = torch.maximum(self._values[:, k], y.amax(dim=1))  # Eq. 6: max over heads, and over layers
         self.layers += 1
 
@@ -188,7 +202,7 @@ def token_logps(model, batch, temperature: float, chunk: int, fci: FCI | None = 
 
     def project(h, t):
         logps = (model.get_output_embeddings()(h).float() / temperature).log_softmax(-1)  # (chunk, V)
-        entropy = -(logps.exp() * logps).sum(-1) if with_entropy else None
+        entropy = torch.special.entr(logps.exp()).sum(-1) if with_entropy else None
         return logps.gather(-1, t[:, None])[:, 0], entropy
 
     parts = [checkpoint(project, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))]
@@ -196,11 +210,32 @@ def token_logps(model, batch, temperature: float, chunk: int, fci: FCI | None = 
     return torch.cat(logps), torch.cat(entropies) if with_entropy else None
 
 
-def check_projection(model) -> None:
-    """Raises ValueError if the model's logits are more than its output layer applied to its last hidden state."""
+def check_model(model) -> None:
+    """Raises ValueError if FCI, or the log-probabilities of `token_logps`, would silently be wrong for this kind of model.
+
+    Compares both with the model's own eager attention and logits on a few tokens, each a step of its own.
+    """
+    name, attention = type(model).__name__, model.config._attn_implementation
     ids = torch.arange(1, 9, device=model.device)[None]
+    scores = FCI(ids - 1, delta=1)
     with torch.no_grad():
-        direct = model(input_ids=ids).logits
-        ours = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
-    if not torch.allclose(direct, ours, atol=1e-3, rtol=1e-3):
-        raise ValueError(f"{type(model).__name__} soft-caps or scales its logits after the output layer, which token_logps does not do")
+        if attention == "fci":
+            hidden = model.base_model(input_ids=ids, use_cache=False, fci=scores).last_hidden_state
+        if not scores.layers:
+            raise ValueError(f"{name} cannot be scored by FCI: its attention implementation is {attention!r}, which takes no hook")
+        model.set_attn_implementation("eager")
+        eager = model(input_ids=ids, use_cache=False, output_attentions=True)
+        model.set_attn_implementation(attention)
+        logits = model.get_output_embeddings()(hidden)
+    attentions = torch.cat([a for a in eager.attentions if a is not None])  # (layers, H, L, L)
+    naive = attentions.tril(-1).sum(dim=2).amax(dim=(0, 1))  # Eq. 5, 6
+    if not torch.allclose(scores.values[0], naive.float(), atol=1e-2):
+        raise ValueError(f"{name} attends in ways that FCI does not see: it differs from what output_attentions says")
+    if not torch.allclose(logits, eager.logits, atol=1e-2, rtol=1e-2):
+        raise ValueError(f"{name} soft-caps or scales its logits after the output layer, which token_logps does not do")
+
+
+if __name__ == "__main__":
+    from experiments.show_fci import main
+
+    main()

@@ -117,9 +117,10 @@ def load_tokenizer(model: str):
 def load_model(model: str, dtype: torch.dtype = torch.float32):
     """Causal language model with the `fci` attention of fci.py, on the GPU if there is one. Raises ValueError in one sentence."""
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="fci")
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     except Exception as error:
         raise ValueError(_cannot_load("model", model, error)) from None
+    loaded.set_attn_implementation("fci")  # a model that cannot keeps its own, and `check_model` says so before training
     loaded.generation_config.do_sample = True  # with a temperature but without this, transformers refuses to save the model
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

@@ -154,23 +154,6 @@ def test_entropy_is_of_the_full_distribution(tiny_model, tiny_tokenizer):
     torch.testing.assert_close(entropies, torch.distributions.Categorical(logits=logits).entropy(), atol=1e-5, rtol=1e-5)
 
 
-def test_soft_capped_logits_are_refused():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    config = Gemma2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        final_logit_softcapping=0.01,
-    )
-    with pytest.raises(ValueError, match="soft-caps"):
-        attnrl.check_projection(Gemma2ForCausalLM(config))
-
-
 # --- the step
 
 
