@@ -75,18 +75,24 @@ def classes_of(fci: np.ndarray, entropies: np.ndarray, steps: list[tuple[int, in
     return dict(zip(CLASSES, (scored[high], scored[~high], scored[uncertain])))
 
 
-def loss_with_interval(rows: list[tuple[int, float, float]]) -> str:
-    """Mean of control minus disrupted, 95 % interval over problems (their draws are not independent)."""
+def mean_with_interval(problems: list[int], values: list[float]) -> tuple[float, float]:
+    """Mean over problems of their draws' means, and its 95 % half-width (NaN for one problem): draws of a problem are not independent."""
     per_problem = defaultdict(list)
-    for problem, control, disrupted in rows:
-        per_problem[problem].append(control - disrupted)
+    for problem, value in zip(problems, values):
+        per_problem[problem].append(value)
     means = np.array([np.mean(x) for x in per_problem.values()])
-    if len(means) < 2:
+    return means.mean(), 1.96 * means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else float("nan")
+
+
+def loss(rows: np.ndarray) -> str:
+    """rows (n, 4): problem, fifth, control, disrupted. What hiding costs, in points."""
+    if not len(rows):
         return "–"
-    return f"{100 * means.mean():.1f} ± {196 * means.std(ddof=1) / len(means) ** 0.5:.1f}"
+    mean, half = mean_with_interval(rows[:, 0], rows[:, 2] - rows[:, 3])
+    return f"{100 * mean:.1f} ± {100 * half:.1f}"
 
 
-def draw(results: dict[str, list], out: Path) -> None:
+def draw(results: dict[str, np.ndarray], out: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,13 +100,16 @@ def draw(results: dict[str, list], out: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for i, (name, rows) in enumerate(results.items()):
-        for place in range(BINS):
-            accuracies = [d for p, (_, _, d) in rows if p == place]
-            if accuracies:
-                error = 1.96 * np.std(accuracies) / len(accuracies) ** 0.5
-                axis.bar(place + 0.27 * (i - 1), np.mean(accuracies), 0.25, yerr=error, color=f"C{i}", label=name if place == 0 else None)
-    axis.set(xlabel="place of the hidden step in the response, fifths", ylabel="accuracy", ylim=(0, 1), xticks=range(BINS))
-    axis.legend(frameon=False)
+        fifths = [b for b in range(BINS) if (rows[:, 1] == b).any()]
+        means, halves = zip(*(mean_with_interval(rows[rows[:, 1] == b, 0], rows[rows[:, 1] == b, 3]) for b in fifths))
+        axis.bar([b + 1 + 0.27 * (i - 1) for b in fifths], means, 0.25, yerr=halves, color=f"C{i}", label=name)
+    axis.set(
+        xlabel="place of the hidden step in the response, fifths",
+        ylabel="accuracy with the step hidden",
+        ylim=(0, 1.02),
+        xlim=(0.5, BINS + 0.5),
+    )
+    figure.legend(frameon=False, loc="outside upper center", ncols=3)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=130)
 
@@ -144,6 +153,8 @@ def main() -> None:
                 start, end = steps[k]
                 n, cut = len(group.prompt_ids), steps[k + args.distance - 1][1]
                 jobs.append((name, BINS * start // len(rollout.ids), i, group.prompt_ids + rollout.ids[:cut], (n + start, n + end)))
+    if not jobs:
+        sys.exit("error: no right response with enough steps: take more --problems, more --max_new_tokens or a smaller --distance")
     accuracy = np.zeros((len(jobs), 2))  # control, disrupted
     lengths = [(prefix, [0] * args.max_new_tokens) for _, _, _, prefix, _ in jobs]
     for rows in tqdm(list(pack(lengths, args.batch_tokens)), desc="continuations", delay=2):
@@ -157,16 +168,16 @@ def main() -> None:
                 accuracy[row, hide] = grade(text, group.answers)
 
     # ---- table
-    results = {name: [(job[1], (job[2], *accuracy[row])) for row, job in enumerate(jobs) if job[0] == name] for name in CLASSES}
+    results = {}
+    for name in CLASSES:
+        results[name] = np.array([(job[2], job[1], *accuracy[row]) for row, job in enumerate(jobs) if job[0] == name]).reshape(-1, 4)
     print(f"{args.model}: {len(right)} of {len(problems)} responses are right; hidden from distance {args.distance} on")
     print("| hidden step | n | control | disrupted | loss, all | " + " | ".join(f"fifth {b + 1}" for b in range(BINS)) + " |")
     print("| --- " * (5 + BINS) + "|")
     for name, rows in results.items():
-        control, disrupted = (100 * np.mean([r[i] for _, r in rows]) for i in (1, 2))
-        bins = [loss_with_interval([r for place, r in rows if place == b]) for b in range(BINS)]
-        print(
-            f"| {name} | {len(rows)} | {control:.1f} | {disrupted:.1f} | {loss_with_interval([r for _, r in rows])} | {' | '.join(bins)} |"
-        )
+        control, disrupted = 100 * rows[:, 2:].mean(0)
+        losses = [loss(rows), *(loss(rows[rows[:, 1] == b]) for b in range(BINS))]
+        print(f"| {name} | {len(rows)} | {control:.1f} | {disrupted:.1f} | {' | '.join(losses)} |")
     if args.out:
         draw(results, args.out)
         print(f"wrote {args.out}")

@@ -141,8 +141,8 @@ def test_classes_are_disjoint_shares():
 
 
 def test_interval_counts_problems_not_draws():
-    assert disruption.loss_with_interval([(0, 1, 0), (1, 1, 1)] * 50) == "50.0 ± 98.0"
-    assert disruption.loss_with_interval([(0, 1, 0)]) == "–"
+    rows = np.array([(0, 0, 1, 0), (1, 0, 1, 1)] * 50)
+    assert disruption.loss(rows) == "50.0 ± 98.0" and disruption.loss(rows[:1]) == "100.0 ± nan" and disruption.loss(rows[:0]) == "–"
 
 
 # --- Figure 4
