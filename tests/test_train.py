@@ -109,6 +109,8 @@ def refuse_to_load(*args):
         (["--gpu_memory", "7"], "gpu_memory"),
         (["--output_dir", "{tmp}/column.jsonl"], "column.jsonl"),
         (["--engine", "vllm"], "vllm"),
+        (["--engine_sleep", "true"], "no CUDA device"),
+        (["--top_p", "0.9", "--old_logps", "engine"], "top_p=1"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
