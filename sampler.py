@@ -360,13 +360,13 @@ def resolve_engine(name: str) -> tuple[str, str]:
         why_not = "as asked"
     elif importlib.util.find_spec("vllm") is None:
         why_not = "vLLM is not installed"
+    elif name == "auto" and not torch.cuda.is_available():
+        why_not = "there is no CUDA device"
     else:
         from vllm import __version__
 
-        if __version__.partition("+")[0] != VLLM_VERSION:
+        if __version__.partition("+")[0] != VLLM_VERSION:  # "+cpu" is a build of the same
             why_not = f"vLLM {__version__} is installed, and {VLLM_VERSION} is the one that works with this code"
-        elif name == "auto" and not torch.cuda.is_available():
-            why_not = "there is no CUDA device"
     if name == "vllm" and why_not:
         raise ValueError(f"engine=vllm is out of reach, {why_not}: pip install -r requirements-gpu.txt, or pass --engine torch")
     return ("torch" if why_not else "vllm"), why_not
@@ -407,7 +407,7 @@ def check_gap(gap: float, bound: float, when: str) -> None:
         )
 
 
-def verify_sync(engine, model, prompts, bound: float, n_tokens: int = 16, temperature: float = 1.0, autocast=contextlib.nullcontext):
+def verify_sync(engine, model, prompts, bound: float, n_tokens: int = 16, temperature=1.0, autocast=contextlib.nullcontext) -> float:
     """Prove that a push reaches every weight of the engine: the mean gap on n_tokens a prompt (nats). Raises EngineMismatch.
 
     Negates every parameter, pushes, compares the log-probs of sampled tokens with the model's, and does so again with the weights as

@@ -90,8 +90,9 @@ PRESETS = {
 }  # fmt: skip
 
 
-MAY_CHANGE = set(  # fields with which a run may be resumed under another value: where, how long, and memory knobs
-    "output_dir steps token_budget microbatch_tokens logit_chunk gradient_checkpointing gpu_memory engine_sleep threads save_every keep_checkpoints".split()
+MAY_CHANGE = set(  # fields with which a run may be resumed under another value: where, how long, on which engine, and memory knobs
+    "output_dir steps token_budget save_every keep_checkpoints threads engine max_engine_gap gpu_memory engine_sleep "
+    "microbatch_tokens logit_chunk gradient_checkpointing".split()
 )
 
 

@@ -267,6 +267,6 @@ def test_other_settings_are_refused_and_change_nothing(tmp_path, uninterrupted):
 def test_a_finished_run_can_be_extended_and_memory_knobs_may_change(tmp_path, uninterrupted):
     out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
-    run("--output_dir", out, "--steps", 5, "--microbatch_tokens", 999)
+    run("--output_dir", out, "--steps", 5, "--microbatch_tokens", 999, "--engine", "torch", "--max_engine_gap", 0.3)
     assert metrics(out)[: len(metrics(uninterrupted))] == metrics(uninterrupted)
     assert metrics(out)[-1]["step"] == 5 and (out / "checkpoint-5").exists()
