@@ -133,6 +133,16 @@ def test_errors_reach_the_shell_as_one_line():
     assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
+def test_an_engine_that_is_not_the_trainer_stops_the_run_before_it_starts(tmp_path):
+    """A bound below rounding makes a sound engine fail; the same command with the bound that the message proposes goes on."""
+    flags = ("--output_dir", tmp_path / "run", "--steps", 1, "--max_engine_gap", 1e-12)
+    done = subprocess.run(command(*flags), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: after a push of the weights, negated, the engine's")
+    assert "Traceback" not in done.stderr and not (tmp_path / "run/metrics.jsonl").exists()
+    run(*flags[:-1], 1e-3)
+    assert metrics(tmp_path / "run")[-1]["step"] == 1 and metrics(tmp_path / "run")[-1]["engine_gap_mean"] < 1e-4
+
+
 # --- runs
 
 

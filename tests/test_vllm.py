@@ -199,7 +199,8 @@ def test_verify_sync_finds_every_tensor_that_does_not_arrive(prompts, monkeypatc
 def test_a_killed_and_resumed_run_learns(tmp_path):
     """train.py on the embedded reasoner, killed after a checkpoint; the same command ends it.
 
-    THRESHOLD
+    Measured so: 40.0 -> 57.0 % (seed 0) and 43.8 -> 62.7 % (seed 1) of 400 problems; with plain PyTorch 40.8 -> 61.3 % and 42.8 -> 69.8 %.
+    The standard error of such a difference is below 3.5 points, so the 5 points asked for lie more than three of them below.
     """
     out = tmp_path / "run"
     command = [sys.executable, str(TINY.parent / "train.py"), "--engine", "vllm", "--token_budget", "60000", "--eval_problems", "400"]
