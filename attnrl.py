@@ -75,7 +75,7 @@ class MethodConfig:
         default="recompute", help="the sampling policy: the trainer's log-probs, or the engine's by truncated importance weights"
     )
     max_importance: float = HfArg(default=2.0, help="where the weights of old_logps=engine are cut off")
-    # bf16 kernels differ by 0.01 to 0.05 nats, a tensor that was not pushed by 0.4 and more (tests/test_attnrl.py)
+    # in bf16 rounding alone makes 0.01 to 0.05 nats; a tensor of tiny/ that did not arrive makes 0.9 and more (verify_sync)
     max_engine_gap: float = HfArg(default=0.2, help="mean |log-prob of trainer - engine| a token, nats, above which the run stops")
     # memory knobs: they never change a result
     microbatch_tokens: int = HfArg(default=16384, help="rows x longest sequence of one forward pass")
