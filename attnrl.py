@@ -10,6 +10,7 @@ m+1. With `off_policy=False` batch m is sampled, planned and branched inside its
     J = 1/N sum over tokens of min(r A, clip(r, 1 - low, 1 + high) A) - kl_coef * KL(policy || reference)              (Eq. 1)
 
 N counts the response tokens of a minibatch, r is the ratio to the policy that sampled the token, A the advantage of tree.py.
+That policy is the trainer's, by log-probabilities recomputed in scoring; what the engine's own ones are for: `old_logps`, `mismatch`.
 
 What is not here: critic, reward model, entropy bonus, length penalty, learning-rate schedule. The authors train several minibatches per
 step on data laid out by verl; here a minibatch is a list of problems and its gradient does not depend on how it is packed.
@@ -29,7 +30,7 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from fci import FCI, PADDING, check_model, collate, count_scored_steps, fci_scores, split_steps, step_ids_of, token_logps
-from sampler import AdaptiveSampler, Request, choose_responses, expansion
+from sampler import AdaptiveSampler, Request, check_gap, choose_responses, expansion, mismatch
 from tree import Leaf, branch_points, group_advantages, tree_advantages
 
 
@@ -43,6 +44,7 @@ class MethodConfig:
     max_prompt_tokens: int = HfArg(default=1024, help="longest prompt; longer ones are refused before training")
     max_response_tokens: int = HfArg(default=8192, help="budget of a response, its prefix included")
     temperature: float = HfArg(default=1.0, help="of sampling, and of the log-probabilities trained on")
+    top_p: float = HfArg(default=1.0, help="nucleus of sampling; 1 is the whole distribution, as in the paper; there is no top-k")
     off_policy: bool = HfArg(default=True, help="one-step off-policy: one generation call a step instead of two")
     # branching
     branching: Literal["fci", "entropy", "random", "earliest", "none"] = HfArg(default="fci", help="where to branch (Eq. 7)")
@@ -68,6 +70,13 @@ class MethodConfig:
     clip_high: float = HfArg(default=0.28, help="and above 1 + clip_high")
     kl_coef: float = HfArg(default=0.001, help="weight of the KL to the frozen initial model; 0 drops the reference model")
     grad_clip: float = HfArg(default=1.0, help="largest gradient norm")
+    # the engine: it has a copy of the weights and kernels of its own
+    old_logps: Literal["recompute", "engine"] = HfArg(
+        default="recompute", help="the sampling policy: the trainer's log-probs, or the engine's by truncated importance weights"
+    )
+    max_importance: float = HfArg(default=2.0, help="where the weights of old_logps=engine are cut off")
+    # in bf16 rounding alone makes 0.01 to 0.05 nats; a tensor of tiny/ that did not arrive makes 0.9 and more (verify_sync)
+    max_engine_gap: float = HfArg(default=0.2, help="mean |log-prob of trainer - engine| a token, nats, above which the run stops")
     # memory knobs: they never change a result
     microbatch_tokens: int = HfArg(default=16384, help="rows x longest sequence of one forward pass")
     logit_chunk: int = HfArg(default=1024, help="tokens whose logits exist at once")
@@ -77,8 +86,13 @@ class MethodConfig:
         check_signs(self, may_be_zero={"min_branch_gap", "fci_delta", "batch_decay", "clip_low", "clip_high", "kl_coef"})
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2, got {self.group_size}: one response has nothing to be compared with")
-        if self.branch_quantile > 1 or self.batch_decay > 1:
-            raise ValueError("branch_quantile and batch_decay must not exceed 1")
+        if max(self.branch_quantile, self.batch_decay, self.top_p) > 1:
+            raise ValueError("branch_quantile, batch_decay and top_p must not exceed 1")
+        if self.old_logps == "engine" and self.top_p < 1:
+            raise ValueError(
+                f"old_logps=engine weights tokens by P(trainer) / P(engine), but top_p={self.top_p} makes P(engine) zero on tokens that "
+                "the trainer allows, which no weight corrects: use top_p=1, or old_logps=recompute"
+            )
         if self.branching == "none" and self.fci_filter != "none":
             raise ValueError("fci_filter chooses which problems to branch, so branching=none needs fci_filter=none")
         if self.adaptive_batch and not self.min_batch_size <= self.batch_size <= self.max_batch_size:
@@ -104,7 +118,7 @@ class Rollout:
     family: int  # the initial response it descends from
     start: int  # first token of its own; 0 for an initial response
     ids: list[int]  # response tokens, prefix included
-    engine_logps: list[float]  # of the tokens from `start`, as the engine reported them
+    engine_logps: list[float]  # of all tokens, as the engine reported them
     finished: bool  # ended by itself, within its budget
     reward: float = 0.0
     logps: list[float] = field(default_factory=list)  # of all tokens, under the policies that sampled them
@@ -205,7 +219,7 @@ class AttnRL:
         self.autocast_dtype = autocast
         self.text_of = functools.cache(lambda token_id: tokenizer.decode([token_id]))
         self.seconds: dict[str, float] = defaultdict(float)  # of the current step
-        self.gaps: list[np.ndarray] = []  # of the current step: |log-prob here - log-prob of the engine|
+        self.gaps: list[np.ndarray] = []  # of the current step, a response each: log-prob here - log-prob of the engine
         self.totals = {"problems": 0, "updates": 0, "tokens": 0}
 
     def step(self, groups: list[Group]) -> tuple[dict, list[Group]]:
@@ -226,10 +240,14 @@ class AttnRL:
             sampling = self.plan(groups)
             self.grade(self.generate(branch_jobs(groups, cfg)))
         self.score([(g, r) for g in batch for r in g.rollouts if r.start > 0])
+        drift = mismatch(self.gaps)
+        if drift:  # under top-p the engine's log-probs are renormalised: larger by up to -log(top_p)
+            check_gap(drift["engine_gap_mean"], cfg.max_engine_gap - math.log(cfg.top_p), "on the tokens sampled in this step")
 
-        useful = self.assign_advantages(batch)
-        training = self.update(useful)
+        useful, training = self.assign_advantages(batch), {}
         if useful:
+            self.engine.sleep()  # with engine_sleep its GPU memory is the update's; `push` wakes it
+            training = self.update(useful)
             self.push()
         trained = batch_metrics(batch, useful)
         if cfg.adaptive_batch and batch:
@@ -237,9 +255,7 @@ class AttnRL:
             self.sampler.resize(cfg.target_sequences, n_useful, cfg.batch_decay, cfg.min_batch_size, cfg.max_batch_size)
 
         self.totals["problems"] += len(groups)
-        gaps = np.concatenate(self.gaps) if self.gaps else np.zeros(1)
-        metrics = {"engine_gap_mean": float(gaps.mean()), "engine_gap_max": float(gaps.max()), "next_batch_size": self.sampler.batch_size}
-        metrics |= sampling | trained | training
+        metrics = {"next_batch_size": self.sampler.batch_size} | drift | sampling | trained | training
         metrics |= {**self.seconds, "time_step": time.perf_counter() - started}
         return metrics | {f"total_{name}": count for name, count in self.totals.items()}, batch
 
@@ -253,10 +269,11 @@ class AttnRL:
         prefixes = [group.rollouts[family].ids[:start] if start else [] for group, family, start in jobs]
         requests = [Request(g.prompt_ids + prefix, self.cfg.max_response_tokens - len(prefix)) for (g, _, _), prefix in zip(jobs, prefixes)]
         with self.autocast():
-            responses = self.engine.generate(requests, temperature=self.cfg.temperature)
+            responses = self.engine.generate(requests, temperature=self.cfg.temperature, top_p=self.cfg.top_p)
         fresh = []
         for (group, family, start), prefix, response in zip(jobs, prefixes, responses):
-            rollout = Rollout(family, start, prefix + response.ids, response.logps, response.finish_reason == "stop")
+            logps = (group.rollouts[family].engine_logps[:start] if start else []) + response.logps
+            rollout = Rollout(family, start, prefix + response.ids, logps, response.finish_reason == "stop")
             group.rollouts.append(rollout)
             fresh.append((group, rollout))
             self.totals["tokens"] += len(response.ids)
@@ -290,7 +307,7 @@ class AttnRL:
                 rollout = fresh[row][1]
                 prefix = fresh[row][0].rollouts[rollout.family].logps[: rollout.start]  # of the policy that sampled it
                 rollout.logps = prefix + lp[rollout.start :].tolist()
-                self.gaps.append(np.abs(lp[rollout.start :].numpy() - rollout.engine_logps))
+                self.gaps.append(lp[rollout.start :].numpy() - np.array(rollout.engine_logps[rollout.start :]))
                 if fci:
                     rollout.fci = fci_scores(fci.values[i], count_scored_steps(texts[i], steps[i]), len(steps[i])).tolist()
                 results[row] = h.numpy(), steps[i]
@@ -367,10 +384,12 @@ class AttnRL:
         sequences = [(g.prompt_ids, r.ids) for g, r in rollouts]
         for rows in pack(sequences, cfg.microbatch_tokens):
             batch = [sequences[i] for i in rows]
-            old_logps, advantages = (
+            old_logps, engine_logps, advantages = (
                 torch.tensor([x for i in rows for x in getattr(rollouts[i][1], name)], device=self.model.device)
-                for name in ("logps", "advantages")
+                for name in ("logps", "engine_logps", "advantages")
             )
+            if cfg.old_logps == "engine":  # truncated importance weight w; as w > 0, w * min(rA, clip(r)A) = min(r wA, clip(r) wA)
+                advantages = advantages * (old_logps - engine_logps).exp().clamp(max=cfg.max_importance)
             with self.autocast():
                 ref_logps = None
                 if cfg.kl_coef:

@@ -8,13 +8,19 @@ Adaptive sampling decides with three numbers where the next tokens go:
 Released code against the paper: it filters only problems that all initial responses solve (Eq. 8 read literally
 filters every problem: `fci_filter="all"`); it rounds Eq. 9 up, the paper to nearest, as here.
 
-Engines share `generate(requests) -> responses`, `load(model)` and `close()`. Token ids go in and token ids come out; nothing
-is ever tokenised twice. Log-probabilities are of the distribution that was sampled from, temperature included.
+Engines share `generate(requests) -> responses`, `load(model)`, `sleep()` and `close()`. Token ids go in and token ids come out;
+nothing is ever tokenised twice. Log-probabilities are of the distribution that was sampled from, temperature included.
+
+vLLM holds a copy of the weights and has kernels of its own, so sampler and trainer are never quite the same policy. How far apart they
+are is measured on every sampled token (`mismatch`), a run stops when they are further apart than rounding explains (`check_gap`), and
+before anything is trained it is shown that a push reaches every weight (`verify_sync`).
 """
 
+import contextlib
 import importlib.util
 import math
 import os
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +36,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-import fci  # noqa: F401  registers the attention that load_model asks for
+from fci import token_logps  # importing fci registers the attention that load_model asks for
 
+VLLM_VERSION = "0.32.0"  # the one that requirements-gpu.txt pins and the tests run; its weight reload is not a stable interface
 PROMPT = "{problem} Let's think step by step and output the final answer within \\boxed{{}}."  # the paper's
 
 
@@ -95,6 +102,18 @@ class Request:
     max_new_tokens: int
 
 
+def check_requests(requests: list[Request], context: float) -> None:
+    """Raises ValueError in one sentence for a request that no model with so many positions can serve."""
+    for r in requests:
+        if not r.prompt_ids:
+            raise ValueError("a request has an empty prompt: give it at least one token to start from")
+        if r.max_new_tokens < 1 or len(r.prompt_ids) + r.max_new_tokens > context:
+            sizes = f"a prompt of {len(r.prompt_ids)} tokens with a budget of {r.max_new_tokens}"
+            raise ValueError(
+                f"{sizes} cannot be served: the budget must be at least 1, and both together at most the {context} the engine holds"
+            )
+
+
 @dataclass
 class Response:
     ids: list[int]  # sampled tokens, with the end-of-sequence token where there is one
@@ -128,10 +147,13 @@ def load_model(model: str, dtype: torch.dtype = torch.float32):
 def context_length(model: str) -> float:
     """Positions the model of a directory or hub name was made for; infinite if its configuration does not say."""
     try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
+        return _positions(AutoConfig.from_pretrained(model))
     except Exception as error:
         raise ValueError(_cannot_load("configuration", model, error)) from None
-    return getattr(config, "max_position_embeddings", None) or math.inf
+
+
+def _positions(config) -> float:
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def _cannot_load(what: str, model: str, error: Exception) -> str:
@@ -187,7 +209,11 @@ class TorchEngine:
 
     @torch.no_grad()
     def generate(self, requests: list[Request], temperature: float = 1.0, top_p: float = 1.0) -> list[Response]:
-        """Sample one response a request, in the order of the requests. temperature 0 is greedy."""
+        """Sample one response a request, in the order of the requests. temperature 0 is greedy.
+
+        Raises ValueError in one sentence for a request that cannot be served.
+        """
+        check_requests(requests, _positions(self.model.config))
         self.model.eval()
         responses: dict[int, Response] = {}
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
@@ -238,6 +264,9 @@ class TorchEngine:
     def load(self, model) -> None:
         """Nothing to push: the engine samples from the trained model."""
 
+    def sleep(self) -> None:
+        """Nothing to free."""
+
     def close(self) -> None:
         """Nothing to release."""
 
@@ -248,11 +277,12 @@ class TorchEngine:
 class VLLMEngine:
     """Samples with vLLM, in this process, from a copy of the weights that `load` keeps up to date.
 
-    max_tokens: longest prompt plus its budget. gpu_memory: share of the GPU for vLLM's weights and cache.
+    max_tokens: longest prompt plus its budget. gpu_memory: share of the GPU for vLLM's weights and cache. sleep_mode: let
+    `sleep` hand that share back until the next `load` (CUDA only). Raises ValueError in one sentence if vLLM does not start.
     Continuations of one response share their prefix, so prefix caching saves most of their prefill.
     """
 
-    def __init__(self, model_name: str, tokenizer, max_tokens: int, seed: int = 0, gpu_memory: float = 0.4):
+    def __init__(self, model_name: str, tokenizer, max_tokens: int, seed: int = 0, gpu_memory: float = 0.4, sleep_mode: bool = False):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: weights are handed over as they are
         from vllm import LLM
 
@@ -260,17 +290,26 @@ class VLLMEngine:
             own_settings = GenerationConfig.from_pretrained(model_name)
         except OSError:  # a model need not have any
             own_settings = GenerationConfig()
-        self.eos_ids = stop_ids(tokenizer, own_settings)
-        self.llm = LLM(
-            model_name, skip_tokenizer_init=True, dtype="bfloat16" if torch.cuda.is_available() else "float32", seed=seed,
-            max_model_len=max_tokens, gpu_memory_utilization=gpu_memory, enable_prefix_caching=True, generation_config="vllm",
-            logprobs_mode="processed_logprobs",
-        )  # fmt: skip
+        self.eos_ids, self.max_tokens = stop_ids(tokenizer, own_settings), max_tokens
+        self.sleep_mode, self.asleep = sleep_mode, False
+        try:
+            self.llm = LLM(
+                model_name, skip_tokenizer_init=True, dtype="bfloat16" if torch.cuda.is_available() else "float32", seed=seed,
+                max_model_len=max_tokens, gpu_memory_utilization=gpu_memory, enable_prefix_caching=True, generation_config="vllm",
+                logprobs_mode="processed_logprobs", enable_sleep_mode=sleep_mode,
+            )  # fmt: skip
+        except Exception as error:  # no memory, no device, a model that vLLM does not know: each has its own kind
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"vLLM does not start with {model_name!r} ({type(error).__name__}: {reason}): if memory is short, lower gpu_memory "
+                "or the number of response tokens, or else pass --engine torch"
+            ) from error
 
     def generate(self, requests: list[Request], temperature: float = 1.0, top_p: float = 1.0) -> list[Response]:
         """As TorchEngine.generate."""
         from vllm import SamplingParams
 
+        check_requests(requests, self.max_tokens)
         # vLLM draws from torch's random state or NumPy's, by backend: the former, which checkpoints keep, rules both.
         np.random.seed(torch.randint(2**31, ()).item())
         settings = dict(temperature=temperature, top_p=top_p, logprobs=0, stop_token_ids=self.eos_ids, detokenize=False)
@@ -286,10 +325,21 @@ class VLLMEngine:
         return responses
 
     def load(self, model) -> None:
-        """Push the model's weights, then drop every prefix that the old ones cached."""
+        """Push the model's weights, then drop every prefix that the old ones cached. Wakes a sleeping engine."""
+        if self.asleep:
+            self.llm.wake_up(tags=["weights"])  # the cache stays away until the push, which needs room of its own, is over
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(model.state_dict().items())})
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept prefixes cached under old weights (reset_prefix_cache returned False)")
+        if self.asleep and not self.llm.wake_up(tags=["kv_cache"]):
+            raise RuntimeError("vLLM did not wake up (wake_up returned False)")
+        self.asleep = False
+
+    def sleep(self) -> None:
+        """With sleep mode, hand the GPU memory of weights and cache back; `load` must come before the next `generate`."""
+        if self.sleep_mode and not self.asleep:
+            self.llm.sleep(level=2)  # drops the weights: `load` brings new ones
+            self.asleep = True
 
     def close(self) -> None:
         del self.llm
@@ -301,16 +351,102 @@ def stop_ids(tokenizer, generation_config: GenerationConfig) -> list[int]:
     return sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
 
 
-def resolve_engine(name: str) -> str:
-    """ "torch" or "vllm"; for "auto" vllm where it is installed and CUDA is there. ValueError if vLLM is wanted but missing."""
-    installed = importlib.util.find_spec("vllm") is not None
-    if name == "vllm" and not installed:
-        raise ValueError("engine=vllm needs vLLM: pip install -r requirements-gpu.txt, or pass --engine torch")
-    return ("vllm" if installed and torch.cuda.is_available() else "torch") if name == "auto" else name
+def resolve_engine(name: str) -> tuple[str, str]:
+    """("vllm" or "torch", why it is not vLLM). For "auto" vLLM where it is installed, in its tested version, and CUDA is there.
+
+    Raises ValueError if vLLM is asked for and cannot be had.
+    """
+    why_not = ""
+    if name == "torch":
+        why_not = "as asked"
+    elif importlib.util.find_spec("vllm") is None:
+        why_not = "vLLM is not installed"
+    elif name == "auto" and not torch.cuda.is_available():
+        why_not = "there is no CUDA device"
+    else:
+        from vllm import __version__
+
+        if __version__.partition("+")[0] != VLLM_VERSION:  # "+cpu" is a build of the same
+            why_not = f"vLLM {__version__} is installed, and {VLLM_VERSION} is the one that works with this code"
+    if name == "vllm" and why_not:
+        raise ValueError(f"engine=vllm is out of reach, {why_not}: pip install -r requirements-gpu.txt, or pass --engine torch")
+    return ("torch" if why_not else "vllm"), why_not
 
 
-def make_engine(name: str, model_name: str, tokenizer, model=None, *, max_tokens: int, seed: int = 0, gpu_memory: float = 0.4):
-    """The engine that `resolve_engine(name)` says. model: what the torch engine samples from; None loads `model_name`."""
-    if resolve_engine(name) == "vllm":
-        return VLLMEngine(model_name, tokenizer, max_tokens, seed, gpu_memory)
+def make_engine(
+    name: str, model_name: str, tokenizer, model=None, *, max_tokens: int, seed: int = 0, gpu_memory: float = 0.4, sleep_mode: bool = False
+):
+    """The engine that `resolve_engine(name)` says, which is printed to stderr. model: what the torch engine samples from; None loads
+    `model_name`. With "auto", a vLLM that does not start is replaced by the torch engine."""
+    chosen, why_not = resolve_engine(name)
+    if chosen == "vllm":
+        try:
+            engine = VLLMEngine(model_name, tokenizer, max_tokens, seed, gpu_memory, sleep_mode)
+            print(f"engine: vLLM {VLLM_VERSION}", file=sys.stderr)
+            return engine
+        except ValueError as error:
+            if name == "vllm":
+                raise
+            why_not = str(error)
+    print(f"engine: plain PyTorch ({why_not})", file=sys.stderr)
     return TorchEngine(model if model is not None else load_model(model_name), tokenizer)
+
+
+# --- 5. Is the engine the policy that is trained? ---------------------------------------------------------------------
+
+
+class EngineMismatch(RuntimeError):
+    """Sampler and trainer are further apart than rounding explains."""
+
+
+def check_gap(gap: float, bound: float, when: str) -> None:
+    """Raises EngineMismatch if the mean |log-prob of the trainer - log-prob of the engine| of some tokens exceeds `bound` (nats)."""
+    if not gap <= bound:  # NaN is no agreement either
+        raise EngineMismatch(
+            f"{when} the engine's log-probs differ from the trainer's by {gap:.3g} nats a token, max_engine_gap allows {bound:.3g}: "
+            "most likely weights that were pushed did not all arrive; pass --engine torch, or raise the bound if the kernels are that coarse"
+        )
+
+
+def verify_sync(engine, model, prompts, bound: float, n_tokens: int = 16, temperature=1.0, autocast=contextlib.nullcontext) -> float:
+    """Prove that a push reaches every weight of the engine: the mean gap on n_tokens a prompt (nats). Raises EngineMismatch.
+
+    Negates every parameter, pushes, compares the log-probs of sampled tokens with the model's, and does so again with the weights as
+    they were. Negating twice is exact, and a tensor that does not arrive has the wrong sign for the network around it. Comparing after
+    a real update would prove nothing: at lr 1e-6 it moves log-probs less than bf16 does. A tensor of zeros stays unproven. torch's
+    random state is kept (and NumPy's global one follows from it in every call of vLLM). autocast: makes the context of forward passes.
+    """
+    gaps, requests = {}, [Request(ids, n_tokens) for ids in prompts]
+    for weights in ("the weights, negated", "the weights"):
+        with torch.no_grad(), torch.random.fork_rng():
+            for parameter in model.parameters():
+                parameter.neg_()
+            engine.sleep()
+            engine.load(model)
+            with autocast():  # anew: it keeps its casts of the weights until it is left
+                responses = engine.generate(requests, temperature)
+                logps, _ = token_logps(model.eval(), [(ids, r.ids) for ids, r in zip(prompts, responses)], temperature, chunk=1024)
+        gaps[weights] = (logps.cpu() - torch.tensor([x for r in responses for x in r.logps])).abs().mean().item()
+    for weights, gap in gaps.items():  # only now, with the weights as they were
+        check_gap(gap, bound, f"after a push of {weights},")
+    return max(gaps.values())
+
+
+def mismatch(gaps: list[np.ndarray]) -> dict[str, float]:
+    """How far apart trainer and engine are, from log-prob of the trainer - log-prob of the engine of each token, an array a sequence.
+
+    engine_gap_mean, engine_gap_max: of |difference| over all tokens, nats. engine_ratio: mean over sequences of the ratio
+    w = P(trainer) / P(engine) of a whole sequence; 1 if they agree. engine_ess: effective sample size (sum w)^2 / (n sum w^2) of
+    those ratios, the share of the n sequences that importance weighting would leave, in (0, 1]. Empty without tokens.
+
+    >>> {name: round(value, 2) for name, value in mismatch([np.log([2.0, 0.5]), np.log([3.0])]).items()}
+    {'engine_gap_mean': 0.83, 'engine_gap_max': 1.1, 'engine_ratio': 2.0, 'engine_ess': 0.8}
+    """
+    if not gaps:
+        return {}
+    tokens, sums = np.abs(np.concatenate(gaps)), np.array([g.sum() for g in gaps])
+    w = np.exp(sums - sums.max())  # in (0, 1]: the effective sample size does not depend on the scale
+    return {
+        "engine_gap_mean": float(tokens.mean()), "engine_gap_max": float(tokens.max()),
+        "engine_ratio": float(np.exp(sums).mean()), "engine_ess": float(w.sum() ** 2 / (len(w) * (w**2).sum())),
+    }  # fmt: skip

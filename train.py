@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 from attnrl import AttnRL, Group, MethodConfig, Rollout, check_signs
 from eval import evaluate, grade, load_problems
 from fci import split_steps
-from sampler import context_length, load_model, load_tokenizer, make_engine, prompt_ids, resolve_engine
+from sampler import EngineMismatch, context_length, load_model, load_tokenizer, make_engine, prompt_ids, resolve_engine, verify_sync
 
 HERE = Path(__file__).parent
 
@@ -55,6 +55,7 @@ class RunConfig:
     output_dir: str = HfArg(default="", help="where the run is written [runs/ALGO-MODEL-SEED]")
     engine: Literal["auto", "torch", "vllm"] = HfArg(default="auto", help="what samples; auto is vllm where it and CUDA are there")
     gpu_memory: float = HfArg(default=0.4, help="share of the GPU that vllm may use")
+    engine_sleep: bool = HfArg(default=False, help="vllm hands its GPU memory back during updates (its sleep mode); CUDA only")
     seed: int = HfArg(default=0, help="of sampling, branching and data order")
     steps: int = HfArg(default=500, help="training steps")
     token_budget: int = HfArg(default=0, help="stop sampling new problems after so many generated tokens; 0: never")
@@ -89,8 +90,9 @@ PRESETS = {
 }  # fmt: skip
 
 
-MAY_CHANGE = set(  # fields with which a run may be resumed under another value: where, how long, and memory knobs
-    "output_dir steps token_budget microbatch_tokens logit_chunk gradient_checkpointing gpu_memory threads save_every keep_checkpoints".split()
+MAY_CHANGE = set(  # fields with which a run may be resumed under another value: where, how long, on which engine, and memory knobs
+    "output_dir steps token_budget save_every keep_checkpoints threads engine max_engine_gap gpu_memory engine_sleep "
+    "microbatch_tokens logit_chunk gradient_checkpointing".split()
 )
 
 
@@ -219,8 +221,7 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def restore(trainer: AttnRL, checkpoint: Path, state: dict) -> None:
-    """Everything but the weights, which `build` loads; the engine gets those too."""
-    trainer.engine.load(trainer.model)
+    """Everything but the weights, which `build` loads and `verify_sync` pushes to the engine."""
     saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     trainer.optimizer.load_state_dict(saved["optimizer"])
     vars(trainer.sampler).update(state["sampler"])
@@ -288,7 +289,9 @@ def train(run: RunConfig, method: MethodConfig) -> None:
     """One run, from checked input to the last checkpoint. Raises InputError before anything is trained."""
     out = Path(run.output_dir)
     try:
-        run.engine = resolve_engine(run.engine)
+        resolve_engine(run.engine)
+        if run.engine_sleep and not torch.cuda.is_available():
+            raise ValueError("engine_sleep hands GPU memory back and there is no CUDA device: leave it out")
         tokenizer = load_tokenizer(run.model)
         train_problems, test_problems = load_data(run, method, tokenizer)
         checkpoint, state = prepare_output(out, run, method)
@@ -299,10 +302,13 @@ def train(run: RunConfig, method: MethodConfig) -> None:
     except ValueError as error:
         raise InputError(error) from None
     size = sum(p.numel() for p in trainer.model.parameters())
-    print(f"{run.algo}: {Path(run.model).name}, {size:,} parameters on {trainer.model.device}; {len(train_problems)} problems; engine {run.engine}")
+    print(f"{run.algo}: {Path(run.model).name}, {size:,} parameters on {trainer.model.device}; {len(train_problems)} problems")
     if checkpoint:
         print(f"resuming from {checkpoint}")
         restore(trainer, checkpoint, state)
+    few = [prompt_ids(tokenizer, p["problem"]) for p in train_problems[:8]]
+    budget = min(16, method.max_response_tokens)
+    verify_sync(trainer.engine, trainer.model, few, method.max_engine_gap, budget, method.temperature, trainer.autocast)
     step, position = state.get("step", 0), state.get("position", 0)  # position in the stream of training problems
 
     def test() -> dict:
@@ -375,7 +381,8 @@ def build(run: RunConfig, method: MethodConfig, tokenizer, checkpoint: Path | No
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=run.weight_decay, fused=on_gpu)  # fused: no copy of the state
     longest = method.max_prompt_tokens + method.max_response_tokens
-    engine = make_engine(run.engine, run.model, tokenizer, model, max_tokens=longest, seed=run.seed, gpu_memory=run.gpu_memory)
+    knobs = dict(max_tokens=longest, seed=run.seed, gpu_memory=run.gpu_memory, sleep_mode=run.engine_sleep)
+    engine = make_engine(run.engine, run.model, tokenizer, model, **knobs)
     return AttnRL(method, model, reference, tokenizer, engine, optimizer, grade, run.seed, autocast)
 
 
@@ -389,7 +396,9 @@ def prepare_output(out: Path, run: RunConfig, method: MethodConfig) -> tuple[Pat
         before = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"cannot use {out} for the run: {error}") from None
-    changed = [f"{name} ({before.get(name)} -> {value})" for name, value in config.items() if before.get(name) != value and name not in MAY_CHANGE]
+    changed = [
+        f"{name} ({before.get(name)} -> {value})" for name, value in config.items() if before.get(name) != value and name not in MAY_CHANGE
+    ]
     if changed:
         raise InputError(f"{out} holds a run with other settings, {', '.join(changed)}: use them, or another --output_dir")
     found = checkpoints(out)
@@ -407,7 +416,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     try:
         train(*parse_config(sys.argv[1:]))
-    except InputError as error:
+    except (InputError, EngineMismatch) as error:
         sys.exit(f"error: {error}")
 
 

@@ -9,7 +9,7 @@ from conftest import TINY
 import attnrl
 from attnrl import AttnRL, Group, MethodConfig, Rollout, initial_jobs, pack, policy_loss, token_logps
 from eval import grade, load_problems
-from sampler import TorchEngine, load_model, prompt_ids
+from sampler import EngineMismatch, TorchEngine, load_model, prompt_ids, verify_sync
 from tree import tree_advantages
 
 SMALL = dict(
@@ -72,11 +72,19 @@ def test_clipped_tokens_have_no_policy_gradient():
     assert logps.grad.tolist() == [0.0, 0.0, -2.0]
 
 
-def test_first_gradient_is_reinforce_on_full_logits(tiny_model, tiny_tokenizer):
-    """Where the ratio is 1 and there is no KL, the gradient is -sum(A grad log p) / N: checked against plain logits, one row at a time."""
-    trainer = make_trainer(tiny_model, tiny_tokenizer, kl_coef=0.0, off_policy=False)
+@pytest.mark.parametrize("old_logps", ["recompute", "engine"])
+def test_first_gradient_is_reinforce_on_full_logits(tiny_model, tiny_tokenizer, old_logps):
+    """Where the ratio is 1 and there is no KL, the gradient is -sum(w A grad log p) / N: checked against plain logits, one row at a time.
+
+    w is 1 for recomputed log-probs, and min(P(trainer) / P(engine), 2) of each token for the engine's.
+    """
+    trainer = make_trainer(tiny_model, tiny_tokenizer, kl_coef=0.0, off_policy=False, old_logps=old_logps)
     rollouts = scored_rollouts(trainer)
     n = sum(len(r.ids) for _, r in rollouts)
+    ratios = torch.tensor([0.25, 1.0, 1.5, 8.0])  # of trainer to engine; the last is cut off
+    expected = dict(recompute=torch.ones(4), engine=torch.tensor([0.25, 1.0, 1.5, 2.0]))[old_logps]
+    for _, r in rollouts:
+        r.engine_logps = [x - float(ratios[i % 4].log()) for i, x in enumerate(r.logps)]
     trainer.accumulate(rollouts, n)
     ours = [p.grad.clone() for p in tiny_model.parameters()]
     tiny_model.zero_grad()
@@ -84,7 +92,8 @@ def test_first_gradient_is_reinforce_on_full_logits(tiny_model, tiny_tokenizer):
         ids = torch.tensor([group.prompt_ids + r.ids])
         logps = tiny_model(ids).logits[0, len(group.prompt_ids) - 1 : -1].log_softmax(-1)
         picked = logps.gather(1, torch.tensor(r.ids)[:, None])[:, 0]
-        (-(torch.tensor(r.advantages) * picked).sum() / n).backward()
+        weights = expected[torch.arange(len(r.ids)) % 4]
+        (-(weights * torch.tensor(r.advantages) * picked).sum() / n).backward()
     for a, p in zip(ours, tiny_model.parameters()):
         torch.testing.assert_close(a, p.grad, atol=1e-6, rtol=1e-4)
 
@@ -145,6 +154,79 @@ def test_scores_agree_with_the_engine(tiny_model, tiny_tokenizer, temperature):
     assert max(gaps) < 1e-4
 
 
+class CopyEngine(TorchEngine):
+    """Samples, like vLLM, from a copy of the model, which `load` brings up to date but for the tensors in `withheld`."""
+
+    def __init__(self, tokenizer, withheld=()):
+        super().__init__(load_model(str(TINY)), tokenizer)
+        self.withheld = withheld
+
+    def load(self, model):
+        self.model.load_state_dict({k: v for k, v in model.state_dict().items() if k not in self.withheld}, strict=False)
+
+
+def some_prompts(tokenizer):
+    return [g.prompt_ids for g in make_groups(tokenizer)]
+
+
+def test_verify_sync_passes_a_sound_engine_and_changes_nothing(tiny_model, tiny_tokenizer):
+    engine = CopyEngine(tiny_tokenizer)
+    with torch.no_grad():
+        for parameter in tiny_model.parameters():
+            parameter.mul_(1.01)
+    before, state = [p.clone() for p in tiny_model.parameters()], torch.get_rng_state()
+    assert verify_sync(engine, tiny_model, some_prompts(tiny_tokenizer), bound=0.2) < 1e-4
+    assert all(map(torch.equal, before, tiny_model.parameters())) and torch.equal(state, torch.get_rng_state())
+    assert all(map(torch.equal, before, engine.model.parameters()))
+
+
+def test_verify_sync_finds_every_tensor_that_does_not_arrive(tiny_model, tiny_tokenizer):
+    """Each of the model's 30 tensors in turn is withheld, and all at once: embedding, output layer, norms, attention, MLP."""
+    before = {name: p.clone() for name, p in tiny_model.named_parameters()}
+    for withheld in [*([name] for name in before), list(before)]:
+        with pytest.raises(EngineMismatch, match="max_engine_gap"):
+            verify_sync(CopyEngine(tiny_tokenizer, withheld), tiny_model, some_prompts(tiny_tokenizer), bound=0.2)
+        assert all(torch.equal(p, before[name]) for name, p in tiny_model.named_parameters()), withheld
+    assert len(before) == 30
+
+
+@pytest.mark.parametrize("off_policy", [True, False])
+def test_a_stale_engine_stops_the_step_before_it_trains(tiny_model, tiny_tokenizer, off_policy):
+    trainer = make_trainer(tiny_model, tiny_tokenizer, off_policy=off_policy)
+    trainer.engine = CopyEngine(tiny_tokenizer)
+    with torch.no_grad():
+        tiny_model.model.layers[1].mlp.down_proj.weight.neg_()  # the engine is not told
+    before = [p.clone() for p in tiny_model.parameters()]
+    with pytest.raises(EngineMismatch, match="tokens sampled in this step"):
+        trainer.step(make_groups(tiny_tokenizer))
+    assert all(map(torch.equal, before, tiny_model.parameters())) and trainer.totals["updates"] == 0
+
+
+def test_top_p_reaches_the_engine_and_its_renormalisation_is_no_mismatch(tiny_model, tiny_tokenizer):
+    """Sampled from the nucleus: the engine's log-probs are the larger by at most -log(top_p), so the ratio is below 1."""
+    trainer = make_trainer(tiny_model, tiny_tokenizer, top_p=0.7, max_engine_gap=1e-3, lr=0.1)
+    metrics, _ = trainer.step(make_groups(tiny_tokenizer))
+    assert 1e-3 < metrics["engine_gap_mean"] <= metrics["engine_gap_max"] <= -math.log(0.7) + 1e-4
+    assert metrics["engine_ratio"] < 1 and 0 < metrics["engine_ess"] < 1
+    metrics, _ = trainer.step([])
+    assert metrics["loss"]
+
+
+def test_engine_sleeps_during_updates_only(tiny_model, tiny_tokenizer, monkeypatch):
+    """What a sleeping engine relies on: nothing is generated between `sleep` and `load`, and an update that is skipped skips both."""
+    for off_policy in (True, False):
+        trainer, calls = make_trainer(tiny_model, tiny_tokenizer, off_policy=off_policy), []
+        for owner, names in ((trainer.engine, ("generate", "sleep", "load")), (trainer, ("score", "update"))):
+            for name in names:
+                wrapped = getattr(owner, name)
+                monkeypatch.setattr(owner, name, lambda *a, name=name, wrapped=wrapped, **k: (calls.append(name), wrapped(*a, **k))[1])
+        trainer.step(make_groups(tiny_tokenizer))
+        trainer.step(make_groups(tiny_tokenizer, first=4))
+        first = ["generate", "score", "score"] if off_policy else ["generate", "score", "generate", "score"]
+        whole = [*first, "sleep", "update", "load"]
+        assert calls == (first if off_policy else whole) + whole
+
+
 def test_entropy_is_of_the_full_distribution(tiny_model, tiny_tokenizer):
     prompt = prompt_ids(tiny_tokenizer, "a=3, b=a+2, find b.")
     response = tiny_tokenizer(" hm ok now\n\n").input_ids
@@ -200,8 +282,8 @@ def test_continuations_keep_their_prefix_and_its_behaviour_log_probs(tiny_model,
         parent = group.rollouts[r.family]
         assert parent.start == 0 and r.ids[: r.start] == parent.ids[: r.start]
         assert r.logps[: r.start] == parent.logps[: r.start] and len(r.logps) == len(r.ids) <= 128
-    moved = [abs(a - b) for g, r in continuations for a, b in zip(r.logps[r.start :], r.engine_logps, strict=True)]
-    assert max(moved) < 1e-4  # the continuation itself is scored under the policy that sampled it
+    moved = [abs(a - b) for g, r in continuations for a, b in zip(r.logps, r.engine_logps, strict=True)]
+    assert max(moved) < 1e-4  # prefix and continuation: each is scored under the policy that sampled it
 
 
 def test_advantages_are_those_of_the_tree(tiny_model, tiny_tokenizer):
@@ -229,6 +311,7 @@ def test_a_batch_without_signal_updates_nothing_and_grows_to_its_bound(tiny_mode
     [
         dict(branching="entropy"), dict(branching="random"), dict(branching="earliest"), dict(expansion="uniform"), dict(fci_filter="all"),
         dict(fci_filter="none"), dict(adaptive_batch=False), dict(advantage="group"), dict(kl_coef=0.0), dict(n_branch_points=1, n_continuations=3),
+        dict(old_logps="engine"),
     ],
     ids=str,
 )  # fmt: skip
@@ -258,7 +341,8 @@ def test_bfloat16_autocast_trains_fp32_weights(tiny_model, tiny_tokenizer):
     ("fields", "message"),
     [
         (dict(group_size=1), "group_size"), (dict(branching="none"), "fci_filter"), (dict(batch_size=1), "min_batch_size"),
-        (dict(temperature=0.0), "temperature"), (dict(branch_quantile=0.0), "branch_quantile"),
+        (dict(temperature=0.0), "temperature"), (dict(branch_quantile=0.0), "branch_quantile"), (dict(top_p=1.5), "top_p"),
+        (dict(top_p=0.0), "top_p"), (dict(top_p=0.9, old_logps="engine"), "which no weight corrects"), (dict(max_importance=0.0), "max_importance"),
     ],
     ids=str,
 )  # fmt: skip
@@ -271,7 +355,7 @@ def test_rollout_round_trips_through_plain_dicts():
     """What a checkpoint does to the pending batch."""
     from dataclasses import asdict
 
-    rollout = Rollout(1, 3, [5, 6], [-0.25], True, 1.0, [-1.0, -0.25], [0.0], [])
-    group = Group("p", ["1"], [1, 2], [rollout], 0.5, True, [(1, 3)])
+    rollout = Rollout(1, 1, [5, 6], [-1.0, -0.25], True, 1.0, [-1.0, -0.25], [0.0], [])
+    group = Group("p", ["1"], [1, 2], [rollout], 0.5, True, [(1, 1)])
     raw = asdict(group)
     assert Group(**raw | {"rollouts": [Rollout(**r) for r in raw["rollouts"]]}) == group

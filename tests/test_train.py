@@ -109,6 +109,8 @@ def refuse_to_load(*args):
         (["--gpu_memory", "7"], "gpu_memory"),
         (["--output_dir", "{tmp}/column.jsonl"], "column.jsonl"),
         (["--engine", "vllm"], "vllm"),
+        (["--engine_sleep", "true"], "no CUDA device"),
+        (["--top_p", "0.9", "--old_logps", "engine"], "top_p=1"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -129,6 +131,16 @@ def test_bad_input(tmp_path, monkeypatch, flags, message):
 def test_errors_reach_the_shell_as_one_line():
     done = subprocess.run(command("--train_data", "nowhere.jsonl"), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_an_engine_that_is_not_the_trainer_stops_the_run_before_it_starts(tmp_path):
+    """A bound below rounding makes a sound engine fail; the same command with the bound that the message proposes goes on."""
+    flags = ("--output_dir", tmp_path / "run", "--steps", 1, "--max_engine_gap", 1e-12)
+    done = subprocess.run(command(*flags), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: after a push of the weights, negated, the engine's")
+    assert "Traceback" not in done.stderr and not (tmp_path / "run/metrics.jsonl").exists()
+    run(*flags[:-1], 1e-3)
+    assert metrics(tmp_path / "run")[-1]["step"] == 1 and metrics(tmp_path / "run")[-1]["engine_gap_mean"] < 1e-4
 
 
 # --- runs
@@ -265,6 +277,6 @@ def test_other_settings_are_refused_and_change_nothing(tmp_path, uninterrupted):
 def test_a_finished_run_can_be_extended_and_memory_knobs_may_change(tmp_path, uninterrupted):
     out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
-    run("--output_dir", out, "--steps", 5, "--microbatch_tokens", 999)
+    run("--output_dir", out, "--steps", 5, "--microbatch_tokens", 999, "--engine", "torch", "--max_engine_gap", 0.3)
     assert metrics(out)[: len(metrics(uninterrupted))] == metrics(uninterrupted)
     assert metrics(out)[-1]["step"] == 5 and (out / "checkpoint-5").exists()
