@@ -4,8 +4,8 @@
     python experiments/bench_fci.py --lengths 1024 --repeats 3
 
 The model has the shape of DeepSeek-R1-Distill-Qwen-1.5B but only `--layers` layers of random weights. A repeat runs all variants one after
-the other and yields ratios; the table shows their medians, with the range. "layers" compares the layers alone; "pass" is computed from the
-same run for the whole model: 28 times a layer, and the projection to 151,936 log-probabilities, measured on 1,024 tokens. On a CPU, time is the
+the other and yields ratios; the table shows their medians, with the range. "layers" compares the layers alone; "with projection" adds the
+projection to 151,936 log-probabilities, measured on 1,024 tokens; "28 layers" takes 28 times a layer and one projection, as the whole model does. On a CPU, time is the
 CPU time of one thread, so that a busy machine hardly counts. "+MB" is the memory that a variant adds to the peak of a forward pass, in a process
 of its own; "FCI alone" is the peak of its computation on one layer, with nothing else alive. The naive route runs where its matrices fit.
 """
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--steps", nargs="+", default=["60", "250"])
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--naive_gb", type=float, default=4.0, help="attention matrices that may exist at once")
     parser.add_argument("--peak_of", nargs=2, help=argparse.SUPPRESS)  # the program of the processes of `peak_mb`
@@ -138,7 +138,7 @@ def main() -> None:
     print(
         f"{args.layers} layers, {DTYPE} on {DEVICE}, {args.threads} threads, {args.repeats} repeats; naive: output_attentions=True, 60 steps"
     )
-    print("| tokens | | layers | pass | peak MB | +MB | FCI alone, MB |\n| --- | --- | --- | --- | --- | --- | --- |")
+    print(f"| tokens | | layers | with projection | 28 layers | peak MB | +MB | FCI alone, MB |\n{'| --- ' * 8}|")
     for length in args.lengths:
         fits = args.layers * SHAPE["num_attention_heads"] * length**2 * DTYPE.itemsize < args.naive_gb * 1e9
         variants = ["none", *args.steps, *(["naive"] if fits else [])]
@@ -151,12 +151,10 @@ def main() -> None:
         for v in variants:
             name = {"none": "without FCI", "naive": "naive"}.get(v, f"FCI, {v} steps")
             layers = [t[v] / t["none"] for t in times]
-            whole = [(LAYERS / args.layers * t[v] + t["head"]) / (LAYERS / args.layers * t["none"] + t["head"]) for t in times]
+            few, whole = ([(n * t[v] + t["head"]) / (n * t["none"] + t["head"]) for t in times] for n in (1, LAYERS / args.layers))
+            memory_of = f"{peaks[v]:,.0f} | {peaks[v] - peaks['none']:+,.0f}"
             alone = f"{peak_mb('alone', v, length, args.layers):,.0f}" if v.isdigit() else ""
-            print(
-                f"| {length} | {name} | {spread(layers)} | {spread(whole)} | {peaks[v]:,.0f} | {peaks[v] - peaks['none']:+,.0f} | {alone} |",
-                flush=True,
-            )
+            print(f"| {length} | {name} | {spread(layers)} | {spread(few)} | {spread(whole)} | {memory_of} | {alone} |", flush=True)
     shortest = min(args.lengths)
     error = (run(model, str(NAIVE_STEPS), shortest) - run(model, "naive", shortest)).abs()
     print(f"largest difference of FCI from the naive route at {shortest} tokens: {error.max():.1e}")
