@@ -4,20 +4,20 @@
     python eval.py --model tiny --data tiny/test.jsonl                       # the embedded reasoner on its own test problems
     python eval.py --compare runs/eval-a/results.json runs/eval-b/results.json
 
-The paper samples 32 responses to a problem of AIME24, AIME25 and AMC23, and 4 to one of MATH-500, Minerva and
-OlympiadBench (at most 32,768 tokens, temperature 0.6), and reports Pass@1, the mean correctness of all samples.
-An evaluation writes settings.json, NAME.jsonl with every sample of a benchmark, and results.json. The same command again resumes.
+The paper samples 32 responses to a problem of AIME24, AIME25 and AMC23, and 4 to one of MATH-500, Minerva and OlympiadBench (at most
+32,768 tokens, temperature 0.6), and reports Pass@1, the mean correctness of all samples. An evaluation writes settings.json, NAME.jsonl
+with every sample of a benchmark, and results.json with the scores. The same command again resumes.
 
-The grader is a hybrid: an answer is right if a DeepScaleR-style check (last `\\boxed{}` after the last `</think>`,
-normalised strings, numbers, element by element) or Math-Verify says so. Ours differs from the released code in four points:
+The grader is a hybrid: an answer is right if a DeepScaleR-style check (last `\\boxed{}` after the last `</think>`, normalised strings,
+numbers, element by element) or Math-Verify says so. Ours differs from the released code in four points:
 
-- Math-Verify, also the sympy equality of the DeepScaleR-style check, sees the content of the last box, not the
-  whole response, so an answer that was only mentioned on the way cannot count.
+- Math-Verify, also the sympy equality of the DeepScaleR-style check, sees the content of the last box, not the whole response, so an
+  answer that was only mentioned on the way cannot count.
 - Two plain numbers are compared as numbers, never by Math-Verify: it rounds to six decimals, so that 8.2e-19 is 8.3e-19.
-- Math-Verify takes the last letter of `6m` for a unit, R for r, and drops the base of 52_8. Here a gold answer keeps its
-  letters (an answer may add a unit), R and r differ where both occur, and another base is wrong (a missing one is not).
-- Model output can blow up sympy (`9^{9^{9^9}}`), so Math-Verify runs in worker processes with limits on time and
-  memory (Linux, macOS), not in the trainer, where only an alarm signal in the main thread could stop it.
+- Math-Verify takes the last letter of `6m` for a unit, R for r, and drops the base of 52_8. Here a gold answer keeps its letters (an
+  answer may add a unit), R and r differ where both occur, and another base is wrong (a missing one is not).
+- Model output can blow up sympy (`9^{9^{9^9}}`), so Math-Verify runs in worker processes with limits on time and memory (Linux; macOS
+  has the time limit alone), not in the trainer, where only an alarm signal in the main thread could stop it.
 """
 
 import argparse
@@ -43,7 +43,7 @@ TIME_LIMIT = 5  # seconds of wall-clock time for one symbolic comparison
 GRACE = 1  # seconds after which we end a worker whose own alarm clock did not: one that is stopped, say
 START_LIMIT = 120  # seconds for a worker to import Math-Verify (a cold network disk is slow)
 MEMORY_LIMIT = 2 << 30  # bytes of address space of a worker
-WORKERS = 4  # at most; a second one starts only when two threads ask at once
+WORKERS = 4  # at most: 16 hanging answers among 64 took 106 s with one, 34 s with four; a second one starts only when two threads ask
 MAX_ANSWER_CHARS = 2000  # a longer boxed answer is wrong; gold answers of the six benchmarks stay far below
 WORKER_FLAG = "--symbolic-worker"  # `python eval.py --symbolic-worker` is the worker's command
 
@@ -139,11 +139,11 @@ def elements(answer: str) -> tuple[str, list[str]] | None:
 
 
 class SymbolicChecker:
-    """Math-Verify in worker processes, which start when they are needed and live until this process ends.
+    """Math-Verify in worker processes, which start when they are needed and live until this process ends. Any thread may ask.
 
-    Subprocesses and not `multiprocessing`: its spawn runs the main module again in the child, and train.py imports
-    torch. A worker ends by itself when its input closes, and its own alarm clock ends it when a question takes too
-    long, so neither a hung comparison nor a killed trainer leaves a process behind. Any thread may ask.
+    Subprocesses and not `multiprocessing`: its spawn runs the main module again in the child, and train.py imports torch. A worker
+    ends by itself when its input closes, and its own alarm clock ends it when a question takes too long, so neither a hung
+    comparison nor a killed trainer leaves a process behind.
     """
 
     def __init__(self) -> None:
@@ -241,8 +241,8 @@ os.register_at_fork(after_in_child=CHECKER.__init__)  # a child shares no worker
 # --- 3. The grader and Pass@K ----------------------------------------------------------------------------------------
 
 
-def equal(gold: str, answer: str) -> bool:
-    """Whether two answers are the same: as strings, as numbers, element by element, then symbolically (cheapest first).
+def equal(gold: str, answer: str, symbolic: bool = True) -> bool:
+    """Whether two answers are the same: as strings, as numbers, element by element, then symbolically unless told not to.
 
     Raises TimeoutError if the symbolic comparison is given up.
     """
@@ -252,15 +252,14 @@ def equal(gold: str, answer: str) -> bool:
         return a != ""
     x, y = number(a), number(b)
     if x is not None and y is not None and "%" not in gold + answer:  # Math-Verify reads 8% as 8 or as 0.08
-        both_whole = x.denominator == y.denominator == 1
-        return abs(x - y) <= (0 if both_whole else min(1, max(abs(x), abs(y))) / 10**6)  # six decimals, as in Math-Verify, and six digits
+        return abs(x - y) <= min(1, max(abs(x), abs(y))) / 10**6  # six decimals, as in Math-Verify, and six digits
     left, right = elements(gold), elements(answer)
     if left and right:
         same_shape = left[0] == right[0] and len(left[1]) == len(right[1])
-        return same_shape and all(equal(g, r) for g, r in zip(left[1], right[1]))
+        return same_shape and all(equal(g, r, symbolic) for g, r in zip(left[1], right[1]))
     if re.fullmatch(r"[0-9]+_[0-9]+ [0-9]+_[0-9]+", re.sub(r"[{}]", "", f"{a} {b}")):
         return False  # other digits or another base
-    return CHECKER.equal(*mark_capitals(re.sub(TEXT_UNITS, "", gold), answer))
+    return symbolic and CHECKER.equal(*mark_capitals(re.sub(TEXT_UNITS, "", gold), answer))
 
 
 def mark_capitals(gold: str, answer: str) -> tuple[str, str]:
@@ -287,8 +286,9 @@ def verdict(response: str, answers: list[str]) -> str:
     answer = boxed_answer(response)
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
         return "wrong"
-    try:
-        return "correct" if any(equal(boxed_answer(gold) or gold, answer) for gold in answers) else "wrong"
+    golds = [boxed_answer(gold) or gold for gold in answers]
+    try:  # cheapest first, for all gold answers
+        return "correct" if any(equal(gold, answer, symbolic) for symbolic in (False, True) for gold in golds) else "wrong"
     except TimeoutError:  # at the first gold answer: the next one would take as long
         return "timeout"
 
@@ -370,7 +370,7 @@ def evaluate(
 
     prompts = [prompt_ids(tokenizer, p["problem"]) for p in problems]
     budgets = [min(max_new_tokens, context - len(ids)) for ids in prompts]
-    jobs = [{"problem": i, "sample": k} for i in range(len(problems)) for k in range(samples)]
+    jobs = [{"problem": i, "sample": k, "verdict": "long prompt"} for i in range(len(problems)) for k in range(samples)]
     chunk = chunk or len(jobs)
     rows = finished_rows(path, len(jobs), chunk) if path else []
     progress = tqdm(total=len(jobs), initial=len(rows), desc=path and path.stem, unit="sample", disable=not path)
@@ -387,8 +387,6 @@ def evaluate(
             verdicts = pool.map(verdict, texts, [problems[row["problem"]]["answers"] for row in fitting])
         for row, response, text, v in zip(fitting, responses, texts, verdicts):
             row |= {"verdict": v, "tokens": len(response.ids), "finish_reason": response.finish_reason, "response": text}
-        for row in fresh:
-            row.setdefault("verdict", "long prompt")
         if path:
             with path.open("a", encoding="ascii") as file:
                 file.writelines(json.dumps(row) + "\n" for row in fresh)
@@ -413,10 +411,10 @@ def finished_rows(path: Path, n_jobs: int, chunk: int) -> list[dict]:
 def scores(rows: list[dict], samples: int) -> dict:
     """Scores of the rows of `evaluate`, problem by problem. Shares are in [0, 1].
 
-    "pass@1" is the mean correctness, "stderr" its standard error over problems (None for one problem: samples of a
-    problem are not independent), "pass@k" is unbiased with k = samples, "mean_tokens" the response length, "truncated"
-    the share that ran into its limit, "timeouts" the responses whose grading was given up, "long_prompts" the problems
-    that were not sampled; both count as wrong. "per_problem" is each problem's mean correctness.
+    "pass@1" is the mean correctness, "stderr" its standard error over problems (None for one problem: samples of a problem are not
+    independent), "pass@k" is unbiased with k = samples, "mean_tokens" the response length, "truncated" the share that ran into its
+    limit, "timeouts" the responses whose grading was given up, "long_prompts" the problems that were not sampled (both count as
+    wrong), "per_problem" each problem's mean correctness.
     """
     n_correct = [sum(r["verdict"] == "correct" for r in rows[i : i + samples]) for i in range(0, len(rows), samples)]
     per_problem = [c / samples for c in n_correct]
@@ -442,14 +440,14 @@ def average(results: list[dict]) -> dict:
 
 
 HEADER = (
-    f"{'benchmark':<18}{'problems':>9}{'K':>4}{'Pass@1':>13}{'Pass@K':>8}{'tokens':>8}{'truncated':>11}{'timeouts':>10}{'long prompts':>14}"
+    f"{'benchmark':<18}{'problems':>9}{'K':>4}{'Pass@1':>13}{'Pass@K':>8}{'tokens':>8}{'truncated':>11}{'timeouts':>10}{'too long':>10}"
 )
 
 
 def table_row(name: str, r: dict) -> str:
     pass_1 = f"{100 * r['pass@1']:.1f}" + (f" ± {100 * r['stderr']:.1f}" if r["stderr"] is not None else "")
     quality = f"{name:<18}{r['n_problems']:>9}{r['samples']:>4}{pass_1:>13}{100 * r['pass@k']:>8.1f}"
-    return f"{quality}{r['mean_tokens']:>8.0f}{r['truncated']:>11.1%}{r['timeouts']:>10}{r['long_prompts']:>14}"
+    return f"{quality}{r['mean_tokens']:>8.0f}{r['truncated']:>11.1%}{r['timeouts']:>10}{r['long_prompts']:>10}"
 
 
 # --- 6. Two evaluations compared -------------------------------------------------------------------------------------
@@ -536,15 +534,13 @@ def describe(args: argparse.Namespace, benchmarks: dict[str, tuple[list[dict], i
     settings = {name: getattr(args, name) for name in ("model", "max_new_tokens", "temperature", "top_p", "seed", "chunk")}
     if Path(args.model).is_dir():
         settings["model"] = str(Path(args.model).resolve())
-        settings["weights"] = [sha256(path.read_bytes()) for path in sorted(Path(args.model).glob("*.safetensors"))]
-    return settings | {"engine": engine, "benchmarks": {
-        name: {"problems": len(problems), "samples": samples, "sha256": sha256(json.dumps(problems).encode())}
-        for name, (problems, samples) in benchmarks.items()
-    }}  # fmt: skip
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+        files = sorted(Path(args.model).glob("*.safetensors"))
+        settings["weights"] = [hashlib.file_digest(path.open("rb"), "sha256").hexdigest()[:16] for path in files]
+    settings |= {"engine": engine, "benchmarks": {}}
+    for name, (problems, samples) in benchmarks.items():
+        digest = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
+        settings["benchmarks"][name] = {"problems": len(problems), "samples": samples, "sha256": digest}
+    return settings
 
 
 def prepare_output(out: Path, settings: dict) -> None:
@@ -579,6 +575,7 @@ def run(args: argparse.Namespace) -> None:
     engine = make_engine(args.engine, args.model, tokenizer, max_tokens=longest, seed=args.seed, gpu_memory=0.9)
     sampling = {name: settings[name] for name in ("max_new_tokens", "temperature", "top_p", "seed", "chunk")}
     results = {}
+    print(f"{args.model}: " + ", ".join(f"{name} {value}" for name, value in {**sampling, "engine": settings["engine"]}.items()))
     print(HEADER, flush=True)
     for name, (problems, samples) in benchmarks.items():
         results[name] = evaluate(engine, tokenizer, problems, samples=samples, context=context, path=out / f"{name}.jsonl", **sampling)
