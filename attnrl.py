@@ -190,7 +190,8 @@ def timed(method):
 class AttnRL:
     """Trains `model` in place, a step a call.
 
-    reward_fn(response text, answers) -> bool, called from several threads. reference: frozen copy of the initial model, or None when kl_coef is 0.
+    reward_fn(response text, answers) -> bool, called from several threads. reference: frozen copy of the initial model, or
+    None when kl_coef is 0.
     autocast: dtype of forward passes, or None for that of the weights.
     """
 
