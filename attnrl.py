@@ -22,6 +22,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,6 +33,8 @@ from transformers.hf_argparser import HfArg
 from fci import FCI, PADDING, check_model, collate, count_scored_steps, fci_scores, split_steps, step_ids_of, token_logps
 from sampler import AdaptiveSampler, Request, check_gap, choose_responses, expansion, mismatch
 from tree import Leaf, branch_points, group_advantages, tree_advantages
+
+GRADING_THREADS = 4
 
 
 @dataclass
@@ -201,7 +204,8 @@ def timed(method):
 class AttnRL:
     """Trains `model` in place, a step a call.
 
-    reward_fn(response text, answers) -> bool. reference: frozen copy of the initial model, or None when kl_coef is 0.
+    reward_fn(response text, answers) -> bool, called from several threads. reference: frozen copy of the initial model, or
+    None when kl_coef is 0.
     autocast: dtype of forward passes, or None for that of the weights.
     """
 
@@ -281,8 +285,11 @@ class AttnRL:
 
     @timed
     def grade(self, fresh: list[tuple[Group, Rollout]]) -> None:
-        for group, rollout in fresh:
-            rollout.reward = float(self.reward_fn(self.tokenizer.decode(rollout.ids), group.answers))
+        texts = [self.tokenizer.decode(rollout.ids) for _, rollout in fresh]
+        with ThreadPoolExecutor(GRADING_THREADS) as pool:  # an answer that takes long does not hold up the others
+            rewards = pool.map(self.reward_fn, texts, [group.answers for group, _ in fresh])
+        for (_, rollout), reward in zip(fresh, rewards):
+            rollout.reward = float(reward)
 
     # -- 2. score and plan
 

@@ -1,53 +1,74 @@
 """Grading, benchmarks, Pass@1 and Pass@K.
 
-    python eval.py                                     # the embedded reasoner on its own test problems
-    python eval.py --model runs/a/checkpoint-500 --data math500.jsonl HuggingFaceH4/MATH-500 --samples 4 --json a.json
+    python eval.py --model runs/a/checkpoint-500                             # the paper's six benchmarks and settings
+    python eval.py --model tiny --data tiny/test.jsonl                       # the embedded reasoner on its own test problems
+    python eval.py --compare runs/eval-a/results.json runs/eval-b/results.json
 
-The paper samples 32 responses to a problem of AIME24, AIME25 and AMC23, and 4 to one of MATH-500, Minerva and
-OlympiadBench (at most 32,768 tokens, temperature 0.6), and reports Pass@1, the mean correctness of all samples.
-Its grader is a hybrid: an answer is right if a DeepScaleR-style check (last `\\boxed{}` after `</think>`,
-normalised strings) or Math-Verify says so. Ours differs from the released code in three points:
+The paper samples 32 responses to a problem of AIME24, AIME25 and AMC23, and 4 to one of MATH-500, Minerva and OlympiadBench (at most
+32,768 tokens, temperature 0.6), and reports Pass@1, the mean correctness of all samples. An evaluation writes settings.json, NAME.jsonl
+with every sample of a benchmark, and results.json with the scores. The same command again resumes.
 
-- Math-Verify, also the sympy equality of the DeepScaleR-style check, sees the content of the last box, not the
-  whole response, so an answer that was only mentioned on the way cannot count.
-- Two integers or fractions that differ are wrong without asking Math-Verify: most wrong answers end there.
-- Model output can blow up sympy (`9^{9^{9^9}}`), so Math-Verify runs in a worker process with limits on time and
-  memory (Linux, macOS), not in the trainer, where only an alarm signal in the main thread could stop it.
+The grader is a hybrid: an answer is right if a DeepScaleR-style check (last `\\boxed{}` after the last `</think>`, normalised strings,
+numbers, element by element) or Math-Verify says so. Ours differs from the released code in four points:
+
+- Math-Verify, also the sympy equality of the DeepScaleR-style check, sees the content of the last box, not the whole response, so an
+  answer that was only mentioned on the way cannot count.
+- Two plain numbers are compared as numbers, never by Math-Verify: it rounds to six decimals, so that 8.2e-19 is 8.3e-19.
+- Math-Verify takes the last letter of `6m` for a unit, R for r, and drops the base of 52_8. Here a gold answer keeps its letters (an
+  answer may add a unit), R and r differ where both occur, and another base is wrong (a missing one is not).
+- Model output can blow up sympy (`9^{9^{9^9}}`), so Math-Verify runs in worker processes with limits on time and memory (Linux; macOS
+  has the time limit alone), not in the trainer, where only an alarm signal in the main thread could stop it.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
+import os
 import re
 import statistics
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-# torch, transformers, datasets and sampler are imported inside the functions that need them: this file is also the
-# program of the grading worker, which has to start fast and to fit into its memory limit.
+# numpy, torch, transformers, datasets and sampler are imported inside the functions that need them: this file is also
+# the program of the grading workers, which have to start fast and to fit into their memory limit.
 
 TIME_LIMIT = 5  # seconds of wall-clock time for one symbolic comparison
-START_LIMIT = 120  # seconds for the worker to import Math-Verify (a cold network disk is slow)
-MEMORY_LIMIT = 2 << 30  # bytes of address space of the worker
+GRACE = 1  # seconds after which we end a worker whose own alarm clock did not: one that is stopped, say
+START_LIMIT = 120  # seconds for a worker to import Math-Verify (a cold network disk is slow)
+MEMORY_LIMIT = 2 << 30  # bytes of address space of a worker
+WORKERS = 4  # at most: 16 hanging answers among 64 took 106 s with one, 34 s with four; a second one starts only when two threads ask
 MAX_ANSWER_CHARS = 2000  # a longer boxed answer is wrong; gold answers of the six benchmarks stay far below
 WORKER_FLAG = "--symbolic-worker"  # `python eval.py --symbolic-worker` is the worker's command
 
+BENCHMARKS = {  # the paper's: hub dataset, its columns of problems and answers, samples a problem
+    "aime24": ("math-ai/aime24", "problem", "solution", 32),
+    "aime25": ("math-ai/aime25", "problem", "answer", 32),
+    "amc23": ("math-ai/amc23", "question", "answer", 32),
+    "math500": ("HuggingFaceH4/MATH-500", "problem", "answer", 4),
+    "minerva": ("math-ai/minervamath", "question", "answer", 4),
+    "olympiad": ("math-ai/olympiadbench", "question", "final_answer", 4),
+}
+
 # --- 1. Answers as strings and as numbers ----------------------------------------------------------------------------
 
+UNIT = r"\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\s*\^\s*\{?-?[0-9]\}?)?"  # \text{ cm}^2
+TEXT_UNITS = rf"(?<=[\w}})\]])(?:{UNIT})+$"
 REWRITES = [  # pattern, replacement; in this order
     (r"(?<!\\)\\[!,;: ]|\\(?:left|right|displaystyle|quad)(?![a-zA-Z])", ""),  # spacing; not "\\ ", the end of a matrix row
-    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|°|\\?%", ""),
+    (r"(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|°)(?:\s*[CF]$)?|\\?%", ""),
     (r"\{,\}", ","),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"(?<=[\w})\]])\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\s*\^\s*\{?[0-9]\}?)?$", ""),  # the unit in 15\text{ cm}^2
+    (TEXT_UNITS, ""),
     (r"\\(?:text|textbf|textit|mbox|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1"),
     (r"(?<=[0-9])\s*(?:degree|dollar|cent|euro|unit|second|minute|hour|day|year|foot|feet|inche?|mile)s?(?:\^[0-9])?$", ""),
-    (r"(?<=[0-9])\s+(?:[cmk]?m|kg)(?:\^[0-9])?$", ""),  # needs the space: 2m may be twice a variable
+    (r"(?<=[0-9}])\s+(?:[cmk]?m|kg|Hz)(?:\^[0-9])?$", ""),  # needs the space: 2m may be twice a variable
     (r"\s+", ""),
     (r"^[a-zA-Z](?:\([a-zA-Z]\))?(?:=|\\in(?![a-z]))(?=[^=]+$)", ""),  # x=5, f(x)=x^2, x\in[0,1]
     (r"\\frac([0-9])", r"\\frac{\1}"),  # \frac12
@@ -114,74 +135,100 @@ def elements(answer: str) -> tuple[str, list[str]] | None:
     return text[0] + text[-1], [text[a + 1 : b] for a, b in pairwise(cuts)]
 
 
-# --- 2. Symbolic equality, in a process of its own -------------------------------------------------------------------
+# --- 2. Symbolic equality, in processes of their own -----------------------------------------------------------------
 
 
 class SymbolicChecker:
-    """Math-Verify in a worker process that starts at the first question and lives until this process ends.
+    """Math-Verify in worker processes, which start when they are needed and live until this process ends. Any thread may ask.
 
-    A subprocess and not `multiprocessing`: its spawn runs the main module again in the child, and train.py imports
-    torch. The worker ends by itself when its input closes, and its own alarm clock ends it when a question
-    takes too long, so neither a hung comparison nor a killed trainer leaves a process behind.
+    Subprocesses and not `multiprocessing`: its spawn runs the main module again in the child, and train.py imports torch. A worker
+    ends by itself when its input closes, and its own alarm clock ends it when a question takes too long, so neither a hung
+    comparison nor a killed trainer leaves a process behind.
     """
 
     def __init__(self) -> None:
-        self.timeouts = 0  # questions given up because the worker ran into its time limit or died
-        self._worker: subprocess.Popen | None = None
-        self._lock = threading.Lock()  # one question at a time
+        self.timeouts = 0  # questions given up because their worker ran into a limit or died
+        self._idle: list[subprocess.Popen] = []
+        self._free = threading.Semaphore(WORKERS)
+        self._lock = threading.Lock()
 
     def equal(self, gold: str, answer: str) -> bool:
-        """Whether two LaTeX answers are equal; False, and one more `timeouts`, if the worker does not survive the question.
+        """Whether two LaTeX answers are equal. Raises TimeoutError if the worker does not survive the question.
 
-        Raises RuntimeError if the worker does not start, as without Math-Verify: grading everything wrong would be worse.
+        Raises RuntimeError if a worker does not start, as without Math-Verify: grading everything wrong would be worse.
         """
         if max(len(gold), len(answer)) > MAX_ANSWER_CHARS:
             return False
-        with self._lock:
-            if self._worker is None or self._worker.poll() is not None:
-                self._start()
-            reply = ""
+        with self._free:
+            worker, reply = self._take(), ""
             try:
-                with contextlib.suppress(OSError):  # the worker has died
-                    self._worker.stdin.write(json.dumps([gold, answer]) + "\n")  # ASCII: escapes lone surrogates and NUL too
-                    self._worker.stdin.flush()
-                    reply = self._worker.stdout.readline()
+                reply = self._ask(worker, json.dumps([gold, answer]), TIME_LIMIT)  # ASCII: escapes lone surrogates and NUL too
             finally:
+                with self._lock:
+                    self.timeouts += not reply
+                    if reply:
+                        self._idle.append(worker)
                 if not reply:  # or Ctrl-C: a late reply must not answer the next question
-                    self.timeouts += 1
-                    self._worker.kill()
-                    self._worker.communicate()  # closes the pipes, waits for the end
+                    worker.kill()
+                    worker.communicate()  # closes the pipes, waits for the end
+        if not reply:
+            raise TimeoutError(f"no verdict on {answer[:60]!r} within {TIME_LIMIT} s and {MEMORY_LIMIT >> 30} GiB")
         return reply == "1\n"
 
-    def _start(self) -> None:
+    def _take(self) -> subprocess.Popen:
+        with self._lock:
+            while self._idle:
+                worker = self._idle.pop()
+                if worker.poll() is None:
+                    return worker
         command = [sys.executable, __file__, WORKER_FLAG]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="ascii")
-        self._worker = subprocess.Popen(command, **pipes, start_new_session=True)  # Ctrl-C in the terminal is not for it
-        if self._worker.stdout.readline() != "ready\n":
+        worker = subprocess.Popen(command, **pipes, start_new_session=True)  # Ctrl-C in the terminal is not for it
+        if self._ask(worker, "", START_LIMIT) != "ready\n":
             raise RuntimeError("the grading worker did not start (its error is above); try `pip install math-verify`")
+        return worker
+
+    @staticmethod
+    def _ask(worker: subprocess.Popen, question: str, limit: float) -> str:
+        """The worker's next line; "" if it dies or if `limit` and some grace pass, even if its own clock does not run."""
+        clock = threading.Timer(limit + GRACE, worker.kill)
+        clock.start()
+        try:
+            with contextlib.suppress(OSError):  # the worker has died
+                worker.stdin.write(question + "\n")
+                worker.stdin.flush()
+                return worker.stdout.readline()
+            return ""
+        finally:
+            clock.cancel()
 
 
 def serve_symbolic() -> None:
-    """The worker: reads a JSON line [gold, answer], writes "1" (equal) or "0", until its input closes."""
+    """A worker: reads a JSON line [gold, answer], writes "1" (equal) or "0", until its input closes."""
     import logging
     import resource
     import signal
 
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default action ends the process, even inside C code
-    signal.alarm(START_LIMIT)
     with contextlib.suppress(ValueError, OSError):  # macOS refuses; the time limit still holds
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    from math_verify import parse, verify
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     logging.disable(logging.CRITICAL)  # Math-Verify warns about every answer it cannot parse
     replies, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not write into the replies
-    signal.alarm(0)
+    keep_units = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False)
+    literal = [LatexExtractionConfig(normalization_config=keep_units), ExprExtractionConfig()]
+    sys.stdin.readline()
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         signal.alarm(TIME_LIMIT)
         try:  # this alarm replaces Math-Verify's own timeouts
-            gold, answer = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in json.loads(line))
-            equal = verify(gold, answer, timeout_seconds=None)  # not symmetric: the gold answer comes first
+            gold, answer = (f"\\boxed{{{text}}}" for text in json.loads(line))
+            golds, answers = (parse(text, literal, parsing_timeout=None) for text in (gold, answer))
+            if re.search(r"[a-zA-Z]\W*$|\\(text|mbox|mathrm)", answer):  # its end may be a unit
+                answers += parse(answer, parsing_timeout=None)
+            equal = verify(golds, answers, timeout_seconds=None)  # not symmetric: the gold answer comes first
         except Exception:  # what sympy cannot read is not an answer
             equal = False
         signal.alarm(0)
@@ -189,39 +236,66 @@ def serve_symbolic() -> None:
 
 
 CHECKER = SymbolicChecker()
+os.register_at_fork(after_in_child=CHECKER.__init__)  # a child shares no worker with its parent
 
 # --- 3. The grader and Pass@K ----------------------------------------------------------------------------------------
 
 
-def equal(gold: str, answer: str) -> bool:
-    """Whether two answers are the same: as strings, as numbers, element by element, then symbolically (cheapest first)."""
+def equal(gold: str, answer: str, symbolic: bool = True) -> bool:
+    """Whether two answers are the same: as strings, as numbers, element by element, then symbolically unless told not to.
+
+    Raises TimeoutError if the symbolic comparison is given up.
+    """
     gold, answer = (re.sub(r"\\?\$", "", text).strip() for text in (gold, answer))
     a, b = normalise(gold), normalise(answer)
     if a == b:
         return a != ""
     x, y = number(a), number(b)
-    if x is not None and y is not None:
-        if x == y:
-            return True
-        if not re.search(r"[.,eE%]|times|cdot", a + b) and "%" not in gold + answer:
-            return False  # both exact; Math-Verify rounds decimals, and reads 8% as 8 or as 0.08
+    if x is not None and y is not None and "%" not in gold + answer:  # Math-Verify reads 8% as 8 or as 0.08
+        return abs(x - y) <= min(1, max(abs(x), abs(y))) / 10**6  # six decimals, as in Math-Verify, and six digits
     left, right = elements(gold), elements(answer)
     if left and right:
         same_shape = left[0] == right[0] and len(left[1]) == len(right[1])
-        return same_shape and all(equal(g, r) for g, r in zip(left[1], right[1]))
-    return CHECKER.equal(gold, answer)
+        return same_shape and all(equal(g, r, symbolic) for g, r in zip(left[1], right[1]))
+    if re.fullmatch(r"[0-9]+_[0-9]+ [0-9]+_[0-9]+", re.sub(r"[{}]", "", f"{a} {b}")):
+        return False  # other digits or another base
+    return symbolic and CHECKER.equal(*mark_capitals(re.sub(TEXT_UNITS, "", gold), answer))
 
 
-def grade(response: str, answers: list[str]) -> bool:
-    r"""Whether the last `\boxed{}` of a response holds one of the gold answers. Raises nothing, whatever the response says.
+def mark_capitals(gold: str, answer: str) -> tuple[str, str]:
+    r"""Math-Verify ignores case. Where a letter occurs in both cases, R becomes R_{0}, so that it differs from r.
 
-    >>> grade(r"... so $x = \boxed{\dfrac12}$.", [r"\frac{1}{2}"]), grade("it is 3", ["3"])
-    (True, False)
+    >>> mark_capitals("R - r", r"r - \Delta R"), mark_capitals("3R^2", "3r^2")
+    (('R_{0} - r', 'r - \\Delta R_{0}'), ('3R^2', '3r^2'))
+    """
+    for text in (gold, answer):
+        letters = set(re.sub(r"\\[a-zA-Z]+", "", text))
+        if any(letter.swapcase() in letters for letter in letters if letter.isascii() and letter.isupper()):
+            mark = lambda match: match[0] + ("_{0}" if match[1] else "")  # noqa: E731
+            return tuple(re.sub(r"\\[a-zA-Z]+|([A-Z])(?!\s*_)", mark, text) for text in (gold, answer))
+    return gold, answer
+
+
+def verdict(response: str, answers: list[str]) -> str:
+    r""" "correct" if the last `\boxed{}` of a response holds one of the gold answers, else "wrong", or "timeout" if
+    a symbolic comparison was given up. Raises nothing, whatever the response says.
+
+    >>> verdict(r"... so $x = \boxed{\dfrac12}$.", ["0.25", r"\frac{1}{2}"]), verdict("it is 3", ["3"])
+    ('correct', 'wrong')
     """
     answer = boxed_answer(response)
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
-        return False
-    return any(equal(boxed_answer(gold) or gold, answer) for gold in answers)
+        return "wrong"
+    golds = [boxed_answer(gold) or gold for gold in answers]
+    try:  # cheapest first, for all gold answers
+        return "correct" if any(equal(gold, answer, symbolic) for symbolic in (False, True) for gold in golds) else "wrong"
+    except TimeoutError:  # at the first gold answer: the next one would take as long
+        return "timeout"
+
+
+def grade(response: str, answers: list[str]) -> bool:
+    """The reward: whether the verdict is "correct"."""
+    return verdict(response, answers) == "correct"
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -238,10 +312,10 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 # --- 4. Problems -----------------------------------------------------------------------------------------------------
 
 
-def load_problems(source: str, split: str = "train") -> list[dict]:
+def load_problems(source: str, split: str = "train", problem: str = "problem", answer: str = "answer") -> list[dict]:
     """Problems of a .jsonl, .json or .parquet file or a Hugging Face dataset: [{"problem": str, "answers": [str, ...]}].
 
-    Its columns are `problem` and `answer` (text, a number, or a list of them). `split` is for hub datasets only.
+    `problem` and `answer` name the columns; an answer is text, a number, or a list of them. `split` is for hub datasets only.
     Raises ValueError, one sentence with the value and the remedy, for everything that can be wrong with them.
     """
     path = Path(source)
@@ -259,123 +333,265 @@ def load_problems(source: str, split: str = "train") -> list[dict]:
         remedy = "give an intact .jsonl, .json or .parquet file, or name and split of a hub dataset within reach"
         raise ValueError(f"cannot read {source!r}, split {split!r} ({' '.join(str(error).split())}); {remedy}") from error
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{source} holds no problems; it needs a list of rows with `problem` and `answer`")
-    return [_problem(row, f"row {i} of {source}") for i, row in enumerate(rows, 1)]
+        raise ValueError(f"{source} holds no problems; it needs a list of rows with `{problem}` and `{answer}`")
+    return [_problem(row, f"row {i} of {source}", problem, answer) for i, row in enumerate(rows, 1)]
 
 
-def _problem(row: object, where: str) -> dict:
+def _problem(row: object, where: str, problem: str, answer: str) -> dict:
     """{"problem", "answers"} from one row, checked; `where` names the row in errors."""
-    if not isinstance(row, dict) or not {"problem", "answer"} <= row.keys():
+    if not isinstance(row, dict) or not {problem, answer} <= row.keys():
         found = f"the columns {', '.join(row)}" if isinstance(row, dict) else repr(row)[:80]
-        raise ValueError(f"{where} has {found}; it needs `problem` and `answer`")
-    answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    if not isinstance(row["problem"], str) or not row["problem"].strip():
-        raise ValueError(f"{where} has the problem {row['problem']!r}; it needs some text")
+        raise ValueError(f"{where} has {found}; it needs `{problem}` and `{answer}`")
+    answers = row[answer] if isinstance(row[answer], list) else [row[answer]]
+    if not isinstance(row[problem], str) or not row[problem].strip():
+        raise ValueError(f"{where} has the problem {row[problem]!r}; it needs some text")
     if not answers or any(isinstance(a, bool) or not isinstance(a, str | int | float) or not str(a).strip() for a in answers):
-        raise ValueError(f"{where} has the answer {row['answer']!r}; it needs text, a number, or a list of them")
-    return {"problem": row["problem"], "answers": [str(a).strip() for a in answers]}
+        raise ValueError(f"{where} has the answer {row[answer]!r}; it needs text, a number, or a list of them")
+    return {"problem": row[problem], "answers": [str(a).strip() for a in answers]}
 
 
-# --- 5. Sampling, scores and the command line ------------------------------------------------------------------------
+# --- 5. Sampling and scores ------------------------------------------------------------------------------------------
 
 
-def evaluate(engine, tokenizer, problems, *, samples, max_new_tokens, temperature, top_p=1.0, context=math.inf) -> dict:
-    """Sample every problem `samples` times in one generate call and grade; the result can be written as JSON.
+def evaluate(
+    engine, tokenizer, problems, *, samples, max_new_tokens, temperature, top_p=1.0, context=math.inf, path=None, seed=0, chunk=None
+) -> dict:
+    """Sample every problem `samples` times, grade, and return the scores of `scores`, which can be written as JSON.
 
-    `context` is the model's context length in tokens: a response gets at most what its prompt leaves of it.
-    Raises ValueError for a prompt longer than `context`.
-
-    "pass@1" is the mean correctness, "stderr" its standard error over problems (None for one problem: samples of a
-    problem are not independent), "pass@k" is unbiased with k = samples, "mean_tokens" the response length, "truncated"
-    the share that ran into its limit, "timeouts" the gradings given up, "per_problem" each problem's mean correctness.
+    context: the model's context length in tokens. A response gets what its prompt leaves of it; where that is nothing, the
+    verdict is "long prompt", and nothing is sampled. Without a `path` all is one generation call on torch's random state.
+    With one, `chunk` responses at a time are sampled and appended to that file, from random numbers that depend on nothing
+    but `seed`, the file's name and the chunk's place; what the file already holds is not sampled again.
     """
+    import torch
+    from tqdm import tqdm
+
     from sampler import Request, prompt_ids
 
-    requests = []
-    for problem in problems:
-        ids = prompt_ids(tokenizer, problem["problem"])
-        limit = min(max_new_tokens, context - len(ids))
-        if limit < 1:
-            raise ValueError(f"{problem['problem'][:60]!r} has {len(ids)} tokens, the model's context {context}; leave it out")
-        requests += [Request(ids, limit)] * samples
-    responses = engine.generate(requests, temperature=temperature, top_p=top_p)
+    prompts = [prompt_ids(tokenizer, p["problem"]) for p in problems]
+    budgets = [min(max_new_tokens, context - len(ids)) for ids in prompts]
+    jobs = [{"problem": i, "sample": k, "verdict": "long prompt"} for i in range(len(problems)) for k in range(samples)]
+    chunk = chunk or len(jobs)
+    rows = finished_rows(path, len(jobs), chunk) if path else []
+    progress = tqdm(total=len(jobs), initial=len(rows), desc=path and path.stem, unit="sample", disable=not path)
+    while len(rows) < len(jobs):
+        fresh = [dict(job) for job in jobs[len(rows) : len(rows) + chunk]]
+        fitting = [row for row in fresh if budgets[row["problem"]] > 0]
+        if path:
+            place = hashlib.sha256(f"{seed} {path.stem} {len(rows)}".encode()).digest()
+            torch.manual_seed(int.from_bytes(place[:8], "big"))
+        requests = [Request(prompts[row["problem"]], budgets[row["problem"]]) for row in fitting]
+        responses = engine.generate(requests, temperature=temperature, top_p=top_p) if requests else []
+        texts = [tokenizer.decode(r.ids, skip_special_tokens=False) for r in responses]  # `</think>` may be a special token
+        with ThreadPoolExecutor(WORKERS) as pool:  # an answer on which sympy hangs does not hold up the others
+            verdicts = pool.map(verdict, texts, [problems[row["problem"]]["answers"] for row in fitting])
+        for row, response, text, v in zip(fitting, responses, texts, verdicts):
+            row |= {"verdict": v, "tokens": len(response.ids), "finish_reason": response.finish_reason, "response": text}
+        if path:
+            with path.open("a", encoding="ascii") as file:
+                file.writelines(json.dumps(row) + "\n" for row in fresh)
+                file.flush()
+                os.fsync(file.fileno())
+        rows += fresh
+        progress.update(len(fresh))
+    progress.close()
+    return scores(rows, samples)
 
-    timeouts_before, details = CHECKER.timeouts, []
-    for i, response in enumerate(responses):
-        problem = problems[i // samples]
-        text = tokenizer.decode(response.ids, skip_special_tokens=False)  # some tokenizers hold `</think>` as a special token
-        details.append({**problem, "response": text, "correct": grade(text, problem["answers"]), "tokens": len(response.ids)})
-    n_correct = [sum(d["correct"] for d in details[i : i + samples]) for i in range(0, len(details), samples)]
+
+def finished_rows(path: Path, n_jobs: int, chunk: int) -> list[dict]:
+    """Rows of the complete chunks of a file; what an interruption left of another chunk is cut off."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    n_whole = sum(line.endswith(b"\n") for line in lines)  # the last one may be torn
+    lines = lines[: n_whole if n_whole == n_jobs else n_whole // chunk * chunk]
+    if path.exists():
+        os.truncate(path, sum(map(len, lines)))
+    return [json.loads(line) for line in lines]
+
+
+def scores(rows: list[dict], samples: int) -> dict:
+    """Scores of the rows of `evaluate`, problem by problem. Shares are in [0, 1].
+
+    "pass@1" is the mean correctness, "stderr" its standard error over problems (None for one problem: samples of a problem are not
+    independent), "pass@k" is unbiased with k = samples, "mean_tokens" the response length, "truncated" the share that ran into its
+    limit, "timeouts" the responses whose grading was given up, "long_prompts" the problems that were not sampled (both count as
+    wrong), "per_problem" each problem's mean correctness.
+    """
+    n_correct = [sum(r["verdict"] == "correct" for r in rows[i : i + samples]) for i in range(0, len(rows), samples)]
     per_problem = [c / samples for c in n_correct]
+    sampled = [r for r in rows if r["verdict"] != "long prompt"]
     return {
         "pass@1": statistics.fmean(per_problem),
-        "stderr": statistics.stdev(per_problem) / len(problems) ** 0.5 if len(problems) > 1 else None,
+        "stderr": statistics.stdev(per_problem) / len(per_problem) ** 0.5 if len(per_problem) > 1 else None,
         "pass@k": statistics.fmean(pass_at_k(samples, c, samples) for c in n_correct),
-        "mean_tokens": statistics.fmean(d["tokens"] for d in details),
-        "truncated": statistics.fmean(r.finish_reason == "length" for r in responses),
-        "timeouts": CHECKER.timeouts - timeouts_before,
-        **{"n_problems": len(problems), "samples": samples, "per_problem": per_problem, "samples_detail": details},
+        "mean_tokens": statistics.fmean(r["tokens"] for r in sampled) if sampled else 0.0,
+        "truncated": statistics.fmean(r["finish_reason"] == "length" for r in sampled) if sampled else 0.0,
+        "timeouts": sum(r["verdict"] == "timeout" for r in rows),
+        "long_prompts": (len(rows) - len(sampled)) // samples,
+        **{"n_problems": len(per_problem), "samples": samples, "per_problem": per_problem},
     }
 
 
-def parse_args() -> argparse.Namespace:
-    tiny = Path(__file__).resolve().parent / "tiny"
-    parser = argparse.ArgumentParser(description="Pass@1 and Pass@K of a model; the defaults evaluate the embedded reasoner.")
-    parser.add_argument("--model", default=str(tiny), help="checkpoint folder or hub name")
-    parser.add_argument("--data", nargs="+", default=[str(tiny / "test.jsonl")], help=".jsonl, .json, .parquet files or hub names")
-    parser.add_argument("--split", default="test", help="split of hub datasets")
-    parser.add_argument("--samples", type=int, default=4, help="responses a problem, the K of Pass@K")
+def average(results: list[dict]) -> dict:
+    """The paper's last column: every benchmark has the same weight. Counts are summed."""
+    means = {name: statistics.fmean(r[name] for r in results) for name in ("pass@1", "pass@k", "mean_tokens", "truncated")}
+    counts = {name: sum(r[name] for r in results) for name in ("n_problems", "timeouts", "long_prompts")}
+    errors = [r["stderr"] for r in results]
+    return means | counts | {"samples": "", "stderr": None if None in errors else math.hypot(*errors) / len(errors)}
+
+
+HEADER = (
+    f"{'benchmark':<18}{'problems':>9}{'K':>4}{'Pass@1':>13}{'Pass@K':>8}{'tokens':>8}{'truncated':>11}{'timeouts':>10}{'too long':>10}"
+)
+
+
+def table_row(name: str, r: dict) -> str:
+    pass_1 = f"{100 * r['pass@1']:.1f}" + (f" ± {100 * r['stderr']:.1f}" if r["stderr"] is not None else "")
+    quality = f"{name:<18}{r['n_problems']:>9}{r['samples']:>4}{pass_1:>13}{100 * r['pass@k']:>8.1f}"
+    return f"{quality}{r['mean_tokens']:>8.0f}{r['truncated']:>11.1%}{r['timeouts']:>10}{r['long_prompts']:>10}"
+
+
+# --- 6. Two evaluations compared -------------------------------------------------------------------------------------
+
+
+def compare(path_a: str, path_b: str) -> list[str]:
+    """Lines of a table: Pass@1 of two results.json, and B - A with a 95% paired bootstrap interval over problems.
+
+    Raises ValueError, one sentence, where the two do not answer the same problems under the same settings.
+    """
+    import numpy as np
+
+    try:
+        a, b = (json.loads(Path(path).read_text(encoding="utf-8")) for path in (path_a, path_b))
+        settings = [{name: x["settings"][name] for name in ("benchmarks", "max_new_tokens", "temperature", "top_p")} for x in (a, b)]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"cannot compare {path_a} with {path_b} ({error!r}); both must be a results.json of eval.py") from error
+    if settings[0] != settings[1]:
+        raise ValueError(f"{path_a} and {path_b} are of {settings[0]} and of {settings[1]}; evaluate both alike to compare them")
+    pairs = {name: np.array([a["results"][name]["per_problem"], b["results"][name]["per_problem"]]) for name in a["results"]}
+    lines = [f"{'benchmark':<18}{'A':>7}{'B':>7}{'B - A':>8}   95% interval"]
+    for name, chosen in [*((name, [pair]) for name, pair in pairs.items()), ("average", list(pairs.values()))]:
+        mean_a, mean_b = 100 * np.mean([pair.mean(axis=1) for pair in chosen], axis=0)
+        low, high = bootstrap([b - a for a, b in chosen])
+        lines.append(f"{name:<18}{mean_a:>7.1f}{mean_b:>7.1f}{mean_b - mean_a:>+8.1f}   [{100 * low:+.1f}, {100 * high:+.1f}]")
+    return lines
+
+
+def bootstrap(differences: list, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of the mean difference, averaged over benchmarks; problems are drawn anew within each."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    means = [d[rng.integers(len(d), size=(resamples, len(d)))].mean(axis=1) for d in differences]
+    return tuple(np.percentile(np.mean(means, axis=0), [2.5, 97.5]))
+
+
+# --- 7. The command line ---------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Pass@1 and Pass@K of a model; the defaults are the paper's benchmarks and settings.")
+    parser.add_argument("--model", help="checkpoint folder or hub name")
+    parser.add_argument("--data", nargs="+", default=list(BENCHMARKS), help=f"any of {', '.join(BENCHMARKS)}, files, hub names [all six]")
+    parser.add_argument("--data_dir", help="folder that holds NAME.jsonl of the benchmarks, instead of the hub")
+    parser.add_argument("--split", default="test", help="split of other hub datasets")
+    parser.add_argument("--samples", type=int, help="responses a problem, the K of Pass@K [the paper's; 4 for other data]")
     parser.add_argument("--max_new_tokens", type=int, default=32768, help="limit of a response; the model's context limits it too")
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--limit", type=int, help="only the first problems of each file")
+    parser.add_argument("--limit", type=int, help="only the first problems of each benchmark")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=["auto", "torch", "vllm"], default="auto")
-    parser.add_argument("--json", help="write settings, scores and every sample here")
-    args = parser.parse_args()
-    for name in ("samples", "max_new_tokens", "limit"):
+    parser.add_argument("--chunk", type=int, default=512, help="responses a generation call: what an interruption can lose")
+    parser.add_argument("--output_dir", help="for results.json and a .jsonl of the samples of each benchmark [runs/eval-MODEL]")
+    parser.add_argument("--compare", nargs=2, metavar="RESULTS", help="print the difference of two results.json, and nothing else")
+    args = parser.parse_args([re.sub(r"^--[a-z-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), text) for text in argv])
+    if not args.model and not args.compare:
+        parser.error("--model is missing; give a checkpoint folder or a hub name")
+    for name in ("samples", "max_new_tokens", "limit", "chunk"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         parser.error(f"--temperature is {args.temperature} and --top_p {args.top_p}; they must be >= 0 and in (0, 1]")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        parser.error(f"--json is {args.json}; its folder does not exist, make it first")
     return args
 
 
-def run(args: argparse.Namespace) -> dict[str, dict]:
-    """Evaluate each benchmark of `args.data`, print the table; {source: result of `evaluate`}. ValueError for bad input."""
-    benchmarks = {source: load_problems(source, args.split)[: args.limit] for source in args.data}  # before the weights are read
-    import torch
+def load_benchmarks(args: argparse.Namespace) -> dict[str, tuple[list[dict], int]]:
+    """Problems and samples a problem, by the name of the benchmark or file. Raises ValueError."""
+    benchmarks = {}
+    for source in args.data:
+        name = Path(source).stem
+        if name in benchmarks:
+            raise ValueError(f"--data has two data sets called {name!r}; evaluate them one by one")
+        where, problem, answer, samples = BENCHMARKS.get(source, (source, "problem", "answer", 4))
+        if source in BENCHMARKS and args.data_dir:
+            where, problem, answer = str(Path(args.data_dir, f"{source}.jsonl")), "problem", "answer"
+        benchmarks[name] = load_problems(where, args.split, problem, answer)[: args.limit], args.samples or samples
+    return benchmarks
+
+
+def describe(args: argparse.Namespace, benchmarks: dict[str, tuple[list[dict], int]], engine: str) -> dict:
+    """All that decides the samples and scores."""
+    settings = {name: getattr(args, name) for name in ("model", "max_new_tokens", "temperature", "top_p", "seed", "chunk")}
+    if Path(args.model).is_dir():
+        settings["model"] = str(Path(args.model).resolve())
+        files = sorted(Path(args.model).glob("*.safetensors"))
+        settings["weights"] = [hashlib.file_digest(path.open("rb"), "sha256").hexdigest()[:16] for path in files]
+    settings |= {"engine": engine, "benchmarks": {}}
+    for name, (problems, samples) in benchmarks.items():
+        digest = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
+        settings["benchmarks"][name] = {"problems": len(problems), "samples": samples, "sha256": digest}
+    return settings
+
+
+def prepare_output(out: Path, settings: dict) -> None:
+    """Make the folder, or know that it holds this very evaluation. Raises ValueError."""
+    path = out / "settings.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot use {out} for the evaluation ({error}); choose another --output_dir") from error
+    changed = [f"{name} ({before.get(name)} -> {value})" for name, value in settings.items() if before.get(name) != value]
+    if changed:
+        raise ValueError(f"{out} holds an evaluation with other settings, {', '.join(changed)}; use them, or another --output_dir")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate, print the table, write the files. Raises ValueError, one sentence, before anything is sampled."""
+    benchmarks = load_benchmarks(args)
     from transformers.utils import logging
 
-    from sampler import context_length, load_tokenizer, make_engine, prompt_ids
+    from sampler import context_length, load_tokenizer, make_engine, prompt_ids, resolve_engine
 
     logging.disable_progress_bar()  # of loading the weights
     tokenizer, context = load_tokenizer(args.model), context_length(args.model)
-    longest_prompt = max(len(prompt_ids(tokenizer, p["problem"])) for problems in benchmarks.values() for p in problems)
+    out = Path(args.output_dir or f"runs/eval-{Path(args.model).name}")
+    settings = describe(args, benchmarks, resolve_engine(args.engine)[0])
+    prepare_output(out, settings)
+    longest_prompt = max(len(prompt_ids(tokenizer, p["problem"])) for problems, _ in benchmarks.values() for p in problems)
     longest = min(context, longest_prompt + args.max_new_tokens)
     engine = make_engine(args.engine, args.model, tokenizer, max_tokens=longest, seed=args.seed, gpu_memory=0.9)
-    torch.manual_seed(args.seed)
-    settings = {name: getattr(args, name) for name in ("samples", "max_new_tokens", "temperature", "top_p")}
-    print(f"{'benchmark':<24}{'Pass@1':>14}{f'Pass@{args.samples}':>9}{'tokens':>9}{'truncated':>11}")
+    sampling = {name: settings[name] for name in ("max_new_tokens", "temperature", "top_p", "seed", "chunk")}
     results = {}
-    for source, problems in benchmarks.items():
-        results[source] = r = evaluate(engine, tokenizer, problems, context=context, **settings)
-        pass_1 = f"{100 * r['pass@1']:.1f}" + (f" ± {100 * r['stderr']:.1f}" if r["stderr"] is not None else "")
-        row = f"{Path(source).stem:<24}{pass_1:>14}{100 * r['pass@k']:>9.1f}{r['mean_tokens']:>9.0f}{r['truncated']:>11.1%}"
-        print(row, flush=True)
-    return results
+    print(f"{args.model}: " + ", ".join(f"{name} {value}" for name, value in {**sampling, "engine": settings["engine"]}.items()))
+    print(HEADER, flush=True)
+    for name, (problems, samples) in benchmarks.items():
+        results[name] = evaluate(engine, tokenizer, problems, samples=samples, context=context, path=out / f"{name}.jsonl", **sampling)
+        print(table_row(name, results[name]), flush=True)
+    mean = average(list(results.values()))
+    print(table_row("average", mean))
+    (out / "results.json").write_text(json.dumps({"settings": settings, "average": mean, "results": results}, indent=1), encoding="utf-8")
+    print(f"settings and scores: {out}/results.json; samples: {out}/NAME.jsonl")
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse_args(sys.argv[1:])
     try:
-        results = run(args)
+        print("\n".join(compare(*args.compare))) if args.compare else run(args)
     except ValueError as error:
         sys.exit(f"eval.py: {error}")
-    if args.json:
-        Path(args.json).write_text(json.dumps({"settings": vars(args), "results": results}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

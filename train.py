@@ -32,7 +32,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
 from attnrl import AttnRL, Group, MethodConfig, Rollout, check_signs
-from eval import evaluate, grade, load_problems
+from eval import CHECKER, evaluate, grade, load_problems
 from fci import split_steps
 from sampler import EngineMismatch, context_length, load_model, load_tokenizer, make_engine, prompt_ids, resolve_engine, verify_sync
 
@@ -337,12 +337,13 @@ def train(run: RunConfig, method: MethodConfig) -> None:
     progress = tqdm(total=run.token_budget or run.steps, initial=so_far(), unit=unit, unit_scale=bool(run.token_budget), dynamic_ncols=True)
     while not finished():
         count = 0 if sampling_ended() else trainer.sampler.batch_size
+        timeouts = CHECKER.timeouts
         metrics, batch = trainer.step(next_groups(train_problems, tokenizer, position, count, run.seed))
         position += count
         step += bool(batch)
 
         # ---- log, evaluate, save
-        record = {"step": step, **metrics}
+        record = {"step": step, **metrics, "grader_timeouts": CHECKER.timeouts - timeouts}
         if batch and (step % run.eval_every == 0 or finished()):
             record |= test()
             state["test_accuracy"] = record["test_accuracy"]

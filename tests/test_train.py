@@ -154,7 +154,7 @@ def test_a_run_writes_what_it_says(tmp_path, algo, capsys):
     assert records[0]["test_accuracy"] > 0 and records[-1]["step"] == 2 and "test_accuracy" in records[-1]
     tokens = [r["total_tokens"] for r in records]
     assert tokens == sorted(tokens) and tokens[-1] > 0 and records[-1]["total_problems"] >= 8
-    assert json.loads((out / "config.json").read_text())["algo"] == algo
+    assert json.loads((out / "config.json").read_text())["algo"] == algo and records[-1]["grader_timeouts"] == 0
     assert (out / "curves.png").stat().st_size > 1000
     trees = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
     assert [t["step"] for t in trees] == [1, 2]
