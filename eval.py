@@ -450,42 +450,7 @@ def table_row(name: str, r: dict) -> str:
     return f"{quality}{r['mean_tokens']:>8.0f}{r['truncated']:>11.1%}{r['timeouts']:>10}{r['long_prompts']:>10}"
 
 
-# --- 6. Two evaluations compared -------------------------------------------------------------------------------------
-
-
-def compare(path_a: str, path_b: str) -> list[str]:
-    """Lines of a table: Pass@1 of two results.json, and B - A with a 95% paired bootstrap interval over problems.
-
-    Raises ValueError, one sentence, where the two do not answer the same problems under the same settings.
-    """
-    import numpy as np
-
-    try:
-        a, b = (json.loads(Path(path).read_text(encoding="utf-8")) for path in (path_a, path_b))
-        settings = [{name: x["settings"][name] for name in ("benchmarks", "max_new_tokens", "temperature", "top_p")} for x in (a, b)]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"cannot compare {path_a} with {path_b} ({error!r}); both must be a results.json of eval.py") from error
-    if settings[0] != settings[1]:
-        raise ValueError(f"{path_a} and {path_b} are of {settings[0]} and of {settings[1]}; evaluate both alike to compare them")
-    pairs = {name: np.array([a["results"][name]["per_problem"], b["results"][name]["per_problem"]]) for name in a["results"]}
-    lines = [f"{'benchmark':<18}{'A':>7}{'B':>7}{'B - A':>8}   95% interval"]
-    for name, chosen in [*((name, [pair]) for name, pair in pairs.items()), ("average", list(pairs.values()))]:
-        mean_a, mean_b = 100 * np.mean([pair.mean(axis=1) for pair in chosen], axis=0)
-        low, high = bootstrap([b - a for a, b in chosen])
-        lines.append(f"{name:<18}{mean_a:>7.1f}{mean_b:>7.1f}{mean_b - mean_a:>+8.1f}   [{100 * low:+.1f}, {100 * high:+.1f}]")
-    return lines
-
-
-def bootstrap(differences: list, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean difference, averaged over benchmarks; problems are drawn anew within each."""
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    means = [d[rng.integers(len(d), size=(resamples, len(d)))].mean(axis=1) for d in differences]
-    return tuple(np.percentile(np.mean(means, axis=0), [2.5, 97.5]))
-
-
-# --- 7. The command line ---------------------------------------------------------------------------------------------
+# --- 6. The command line ---------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -589,7 +554,12 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args(sys.argv[1:])
     try:
-        print("\n".join(compare(*args.compare))) if args.compare else run(args)
+        if args.compare:
+            from experiments.compare_evals import compare
+
+            print("\n".join(compare(*args.compare)))
+        else:
+            run(args)
     except ValueError as error:
         sys.exit(f"eval.py: {error}")
 

@@ -23,9 +23,7 @@ from eval import (
     BENCHMARKS,
     CHECKER,
     SymbolicChecker,
-    bootstrap,
     boxed_answer,
-    compare,
     elements,
     evaluate,
     grade,
@@ -37,6 +35,7 @@ from eval import (
     pass_at_k,
     verdict,
 )
+from experiments.compare_evals import bootstrap, compare
 from experiments.grader_parity import check, hostile
 
 ROOT = TINY.parent
