@@ -11,11 +11,11 @@ values (column k is 1 on the tokens of step k) returns the summed attention of e
 matrix. Indicators are 0 or 1, exact in bf16; division by the sizes of steps and all sums follow in fp32.
 
 **What it costs.** Fused kernels want values as wide as keys, so d steps go at a time, d being the width of a head: S / d passes a
-layer, each as dear as the layer's own attention, in memory linear in the number L of tokens whatever the number of steps. On a GPU
-in bf16 all passes go to flash attention (d <= 256); with a mask, as sliding windows bring, or in fp32, to the memory-efficient kernel;
-values of another width than d would fall to the kernel that does write L x L down. On paper, for the 1.5B model (28 layers, 12 heads, d = 128)
-and L = 9,216: a pass takes 28 * 12 * 4 d * L^2 / 2 = 7.3 TFLOP, a forward pass without FCI 2 * 1.54e9 * L + 7.3 = 36 TFLOP, so 128 steps
-add a fifth of the FLOPs of one forward pass. experiments/bench_fci.py measures it.
+layer, each as dear as the layer's own attention, in memory linear in the number L of tokens whatever the number of steps. On a
+GPU in bf16, which autocast makes of queries and keys, all passes go to flash attention (d <= 256); with a mask, as sliding windows
+bring, or in fp32, to the memory-efficient kernel; values of another width than d can end in the kernel that writes L x L down. On
+paper, for the 1.5B model (28 layers, 12 heads, d = 128) and L = 9,216: a pass takes 28 * 12 * 4 d * L^2 / 2 = 7.3 TFLOP, a forward
+pass without FCI 2 * 1.54e9 * L + 7.3 = 36 TFLOP, so 128 steps add a fifth to one forward pass. experiments/bench_fci.py measures it.
 
 **How it gets in.** transformers lets anyone register an attention function. Ours is named `fci`: it is
 `sdpa_attention_forward`, plus a look at the queries and keys when the caller passes `fci=FCI(...)` to the model:
@@ -26,13 +26,14 @@ add a fifth of the FLOPs of one forward pass. experiments/bench_fci.py measures 
     scores.values                      # (B, S)
 
 It works for every decoder that uses the interface, grouped queries and sliding windows included, without a line about any of them;
-`check_model` refuses the others. Soft-capped attention and attention sinks are refused, since the fused kernels have neither. Batches are right-padded and need no
-padding mask: causality hides the padding. (For a sliding window transformers itself makes an L x L boolean mask.)
+`check_model` refuses the others. Soft-capped attention and attention sinks are refused, since the fused kernels have neither.
+Batches are right-padded and need no padding mask: causality hides the padding. (For a sliding window transformers itself makes an
+L x L boolean mask.)
 
 Differences from the paper, from the released code: steps fall back to single line breaks, then to tokens; the prompt, the first
 step, and everything from the last `</think>` on score 0. Our own: before falling back we look for a blank line made of two tokens, as
-some tokenizers write it; otherwise the lone second line break would be a step, and one that attracts much attention. The released code copies a transformers model file
-and patches its attention instead.
+some tokenizers write it; otherwise the lone second line break would be a step, and one that attracts much attention. The released
+code copies a transformers model file and patches its attention instead.
 
     python fci.py --problem "a=3, b=a+2, c=b*4, d=c+1, e=d+c, f=e+2, find f."      # look at it, see experiments/show_fci.py
 """
@@ -41,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward, use_gqa_in_sdpa
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 THINK_END = "</think>"
@@ -87,16 +88,13 @@ def attention_to_steps(query, key, step_ids, n_steps: int, mask=None, scale=None
     mask: None (causal) or what `scaled_dot_product_attention` takes. Yields (k, attended) for groups of at most d steps:
     k (c,) their numbers, attended (B, H, L, c) fp32, in [0, 1].
     """
-    groups, d = query.shape[1] // key.shape[1], query.shape[-1]
-    native_gqa = groups > 1 and use_gqa_in_sdpa(mask, key, key)
-    if groups > 1 and not native_gqa:
-        key = repeat_kv(key, groups)
+    heads, d = query.shape[1], query.shape[-1]
+    key = repeat_kv(key, heads // key.shape[1])  # not enable_gqa: without flash that ends in the kernel that writes L x L down
     for k in torch.arange(n_steps, device=query.device).split(d):
         indicators = (step_ids[..., None] == k).to(query.dtype)  # (B, L, c)
-        values = F.pad(indicators, (0, d - len(k)))[:, None].expand(-1, key.shape[1], -1, -1)  # (B, H_kv, L, d)
-        attended = F.scaled_dot_product_attention(
-            query, key, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=native_gqa
-        )  # (B, H, L, d): sum over the tokens t of step k of A[i, t]
+        values = F.pad(indicators, (0, d - len(k)))[:, None].expand(-1, heads, -1, -1)  # (B, H, L, d)
+        attended = F.scaled_dot_product_attention(query, key, values, attn_mask=mask, is_causal=mask is None, scale=scale)
+        # (B, H, L, d): sum over the tokens t of step k of A[i, t]
         yield k, attended[..., : len(k)].float()
 
 
