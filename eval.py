@@ -58,9 +58,12 @@ BENCHMARKS = {  # the paper's: hub dataset, its columns of problems and answers,
 
 # --- 1. Answers as strings and as numbers ----------------------------------------------------------------------------
 
-UNIT = r"\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\s*\^\s*\{?-?[0-9]\}?)?"  # \text{ cm}^2
+UNIT = r"\s*\\(?:text|mbox|mathrm)\s*\{(?!\s*[aApP]\.?[mM]\b)[^{}]*\}(?:\s*\^\s*\{?-?[0-9]\}?)?"  # \text{ cm}^2
 TEXT_UNITS = rf"(?<=[\w}})\]])(?:{UNIT})+$"
+APART = "~"  # between digits that are two numbers
 REWRITES = [  # pattern, replacement; in this order
+    ("[–−]", "-"),
+    (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
     (r"(?<!\\)\\[!,;: ]|\\(?:left|right|displaystyle|quad)(?![a-zA-Z])", ""),  # spacing; not "\\ ", the end of a matrix row
     (r"(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|°)(?:\s*[CF]$)?|\\?%", ""),
     (r"\{,\}", ","),
@@ -69,6 +72,9 @@ REWRITES = [  # pattern, replacement; in this order
     (r"\\(?:text|textbf|textit|mbox|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1"),
     (r"(?<=[0-9])\s*(?:degree|dollar|cent|euro|unit|second|minute|hour|day|year|foot|feet|inche?|mile)s?(?:\^[0-9])?$", ""),
     (r"(?<=[0-9}])\s+(?:[cmk]?m|kg|Hz)(?:\^[0-9])?$", ""),  # needs the space: 2m may be twice a variable
+    (r"(?<![\w.}])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9.])", r"\1\\frac{\2}{\3}"),  # 5 3/4 is not 53/4
+    (r"(?<=[0-9])\s+(?=[0-9]{3}(?![0-9]))", ""),  # 1 000
+    (r"(?<=[0-9])\s+(?=[0-9])", APART),  # but 1 2 is not twelve
     (r"\s+", ""),
     (r"^[a-zA-Z](?:\([a-zA-Z]\))?(?:=|\\in(?![a-z]))(?=[^=]+$)", ""),  # x=5, f(x)=x^2, x\in[0,1]
     (r"\\frac([0-9])", r"\\frac{\1}"),  # \frac12
@@ -259,6 +265,8 @@ def equal(gold: str, answer: str, symbolic: bool = True) -> bool:
         return same_shape and all(equal(g, r, symbolic) for g, r in zip(left[1], right[1]))
     if re.fullmatch(r"[0-9]+_[0-9]+ [0-9]+_[0-9]+", re.sub(r"[{}]", "", f"{a} {b}")):
         return False  # other digits or another base
+    if APART in a + b:
+        return False
     return symbolic and CHECKER.equal(*mark_capitals(re.sub(TEXT_UNITS, "", gold), answer))
 
 
@@ -399,9 +407,11 @@ def evaluate(
 
 
 def finished_rows(path: Path, n_jobs: int, chunk: int) -> list[dict]:
-    """Rows of the complete chunks of a file; what an interruption left of another chunk is cut off."""
+    """Rows of the complete chunks of a file; what an interruption left of another chunk is cut off. ValueError for too many."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     n_whole = sum(line.endswith(b"\n") for line in lines)  # the last one may be torn
+    if n_whole > n_jobs:
+        raise ValueError(f"{path} has {n_whole} samples, the evaluation only {n_jobs}: mend it, or use another --output_dir")
     lines = lines[: n_whole if n_whole == n_jobs else n_whole // chunk * chunk]
     if path.exists():
         os.truncate(path, sum(map(len, lines)))

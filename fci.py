@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 THINK_END = "</think>"
@@ -85,17 +85,19 @@ def attention_to_steps(query, key, step_ids, n_steps: int, mask=None, scale=None
     """Attention that every token pays to the tokens of every step together, of one layer: the inner sum of Eq. 4.
 
     query (B, H, L, d), key (B, H_kv, L, d): after rotary embedding. step_ids (B, L): long, PADDING where padded.
-    mask: None (causal) or what `scaled_dot_product_attention` takes. Yields (k, attended) for groups of at most d steps:
-    k (c,) their numbers, attended (B, H, L, c) fp32, in [0, 1].
+    mask: None (causal) or what `scaled_dot_product_attention` takes. Yields (heads, steps, attended), at most d steps of the G heads
+    that share a key at a time: two slices, and attended (B, G, L, steps) fp32, in [0, 1].
     """
-    heads, d = query.shape[1], query.shape[-1]
-    key = repeat_kv(key, heads // key.shape[1])  # not enable_gqa: without flash that ends in the kernel that writes L x L down
-    for k in torch.arange(n_steps, device=query.device).split(d):
-        indicators = (step_ids[..., None] == k).to(query.dtype)  # (B, L, c)
-        values = F.pad(indicators, (0, d - len(k)))[:, None].expand(-1, heads, -1, -1)  # (B, H, L, d)
-        attended = F.scaled_dot_product_attention(query, key, values, attn_mask=mask, is_causal=mask is None, scale=scale)
-        # (B, H, L, d): sum over the tokens t of step k of A[i, t]
-        yield k, attended[..., : len(k)].float()
+    G, d = query.shape[1] // key.shape[1], query.shape[-1]
+    for first in range(0, n_steps, d):
+        steps = slice(first, min(first + d, n_steps))
+        indicators = step_ids[..., None] == torch.arange(n_steps, device=query.device)[steps]  # (B, L, steps)
+        values = F.pad(indicators, (0, d - indicators.shape[-1])).to(query.dtype)[:, None]  # (B, 1, L, d)
+        for i, q in enumerate(query.split(G, dim=1)):
+            # Expanded, not copied; and not enable_gqa, which without flash ends in the kernel that writes L x L down.
+            k, v = key[:, i : i + 1].expand_as(q), values.expand_as(q)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)  # (B, G, L, d)
+            yield slice(i * G, (i + 1) * G), steps, attended[..., : indicators.shape[-1]].float()  # sum of A[., t] over t in a step
 
 
 def step_sizes(step_ids, n_steps: int) -> torch.Tensor:
@@ -110,9 +112,11 @@ def step_attention(query, key, step_ids, n_steps: int, mask=None, scale=None) ->
     Row j depends on no token after step j. Weighted by the sizes of the attended steps, a row sums to 1.
     """
     sizes = step_sizes(step_ids, n_steps)[:, None]  # (B, 1, S)
-    member = (step_ids[..., None] == torch.arange(n_steps, device=query.device)).float()  # (B, L, S)
-    attended = torch.cat([a for _, a in attention_to_steps(query, key, step_ids, n_steps, mask, scale)], dim=-1)
-    return torch.einsum("bij,bhik->bhjk", member / sizes, attended) / sizes[:, None]
+    rows = (step_ids[..., None] == torch.arange(n_steps, device=query.device)).float() / sizes  # (B, L, S)
+    alpha = torch.empty(*query.shape[:2], n_steps, n_steps, device=query.device)
+    for heads, steps, attended in attention_to_steps(query, key, step_ids, n_steps, mask, scale):
+        alpha[:, heads, :, steps] = torch.einsum("bij,bhik->bhjk", rows, attended)
+    return alpha / sizes[:, None]
 
 
 class FCI:
@@ -132,11 +136,12 @@ class FCI:
         self._values = torch.zeros_like(self.sizes)  # (B, S)
 
     def add_layer(self, query, key, mask, scale) -> None:
-        for k, attended in attention_to_steps(query, key, self.step_ids, self.n_steps, mask, scale):
-            later = self.step_ids[..., None] >= k + self.delta  # (B, L, c)
-            rows = (later * self.row_weight[..., None])[:, None]  # (B, 1, L, c): averages the tokens of each later step
-            y = attended.mul_(rows).sum(dim=2) / self.sizes[:, None, k]  # (B, H, c), Eq. 5; in place: it is the largest tensor here
-            self._values[:, k] = torch.maximum(self._values[:, k], y.amax(dim=1))  # Eq. 6: max over heads, and over layers
+        for _, steps, attended in attention_to_steps(query, key, self.step_ids, self.n_steps, mask, scale):
+            k = torch.arange(self.n_steps, device=query.device)[steps]
+            later = self.step_ids[..., None] >= k + self.delta  # (B, L, steps)
+            rows = (later * self.row_weight[..., None])[:, None]  # (B, 1, L, steps): averages the tokens of each later step
+            y = attended.mul_(rows).sum(dim=2) / self.sizes[:, None, steps]  # (B, G, steps), Eq. 5; in place: the largest tensor here
+            self._values[:, steps] = torch.maximum(self._values[:, steps], y.amax(dim=1))  # Eq. 6: max over heads, and over layers
         self.layers += 1
 
     @property
@@ -208,27 +213,37 @@ def token_logps(model, batch, temperature: float, chunk: int, fci: FCI | None = 
     return torch.cat(logps), torch.cat(entropies) if with_entropy else None
 
 
-def check_model(model) -> None:
-    """Raises ValueError if FCI, or the log-probabilities of `token_logps`, would silently be wrong for this kind of model.
+class _StepAttention(FCI):
+    """Keeps every layer's alpha."""
 
-    Compares both with the model's own eager attention and logits on a few tokens, each a step of its own.
+    def __init__(self, step_ids):
+        super().__init__(step_ids)
+        self.alphas = []
+
+    def add_layer(self, query, key, mask, scale) -> None:
+        self.alphas.append(step_attention(query, key, self.step_ids, self.n_steps, mask, scale))
+
+
+def check_model(model) -> None:
+    """Raises ValueError if step attention, or the log-probabilities of `token_logps`, would silently be wrong for this kind of model.
+
+    Compares both with the model's own eager attention and logits on a few tokens, each a step of its own, for which alpha is attention.
     """
     name, attention = type(model).__name__, model.config._attn_implementation
     ids = torch.arange(1, 9, device=model.device)[None]
-    scores = FCI(ids - 1, delta=1)
+    seen = _StepAttention(ids - 1)
     with torch.no_grad():
         if attention == "fci":
-            hidden = model.base_model(input_ids=ids, use_cache=False, fci=scores).last_hidden_state
-        if not scores.layers:
+            hidden = model.base_model(input_ids=ids, use_cache=False, fci=seen).last_hidden_state
+        if not seen.alphas:
             raise ValueError(f"{name} cannot be scored by FCI: its attention implementation is {attention!r}, which takes no hook")
         model.set_attn_implementation("eager")
         eager = model(input_ids=ids, use_cache=False, output_attentions=True)
         model.set_attn_implementation(attention)
         logits = model.get_output_embeddings()(hidden)
-    attentions = torch.cat([a for a in eager.attentions if a is not None])  # (layers, H, L, L)
-    naive = attentions.tril(-1).sum(dim=2).amax(dim=(0, 1))  # Eq. 5, 6
-    if not torch.allclose(scores.values[0], naive.float(), atol=1e-2):
-        raise ValueError(f"{name} attends in ways that FCI does not see: it differs from what output_attentions says")
+    attentions = torch.cat([a for a in eager.attentions if a is not None]).float()  # (layers, H, L, L)
+    if not torch.allclose(torch.cat(seen.alphas), attentions, atol=1e-2):
+        raise ValueError(f"{name} attends in ways that FCI does not see: step attention differs from what output_attentions says")
     if not torch.allclose(logits, eager.logits, atol=1e-2, rtol=1e-2):
         raise ValueError(f"{name} soft-caps or scales its logits after the output layer, which token_logps does not do")
 

@@ -289,9 +289,9 @@ def train(run: RunConfig, method: MethodConfig) -> None:
     """One run, from checked input to the last checkpoint. Raises InputError before anything is trained."""
     out = Path(run.output_dir)
     try:
-        resolve_engine(run.engine)
-        if run.engine_sleep and not torch.cuda.is_available():
-            raise ValueError("engine_sleep hands GPU memory back and there is no CUDA device: leave it out")
+        chosen, _ = resolve_engine(run.engine)
+        if run.engine_sleep and not (chosen == "vllm" and torch.cuda.is_available()):
+            raise ValueError("engine_sleep hands vLLM's GPU memory back, and this run has no vLLM on a CUDA device: leave it out")
         tokenizer = load_tokenizer(run.model)
         train_problems, test_problems = load_data(run, method, tokenizer)
         checkpoint, state = prepare_output(out, run, method)

@@ -26,7 +26,7 @@ from transformers.utils import logging
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from attnrl import AttnRL, Group, MethodConfig, initial_jobs, pack  # noqa: E402
+from attnrl import AttnRL, Group, MethodConfig, pack  # noqa: E402
 from eval import grade, load_problems  # noqa: E402
 from fci import count_scored_steps  # noqa: E402
 from sampler import TorchEngine, load_model, load_tokenizer, prompt_ids  # noqa: E402
@@ -55,10 +55,15 @@ def continue_without(model, engine: TorchEngine, prefixes, spans, max_new_tokens
         eos_token_id=engine.eos_ids,
         pad_token_id=engine.pad_id,
     )
+    position_ids = (real.cumsum(1) - 1).clamp(min=0).to(model.device)
+    # The prefix is read with everything in sight; what is sampled, and the last token again as it predicts the first, is not.
+    cache = model(ids.to(model.device), attention_mask=real.to(model.device), position_ids=position_ids, logits_to_keep=1).past_key_values
+    cache.crop(longest - 1)
     output = model.generate(
         ids.to(model.device),
         attention_mask=visible.to(model.device),
-        position_ids=(real.cumsum(1) - 1).clamp(min=0).to(model.device),
+        position_ids=position_ids,
+        past_key_values=cache,
         generation_config=settings,
     )
     return output[:, longest:].tolist()
@@ -70,7 +75,7 @@ def classes_of(fci: np.ndarray, entropies: np.ndarray, steps: list[tuple[int, in
     if len(scored) < 2:
         return {}
     entropy = np.array([entropies[a:b].mean() for a, b in steps])
-    high = fci[scored] >= np.quantile(fci[scored], 1 - quantile)
+    high = (fci[scored] >= np.quantile(fci[scored], 1 - quantile)) & (fci[scored] > 0)
     uncertain = entropy[scored] >= np.quantile(entropy[scored], 1 - quantile)
     return dict(zip(CLASSES, (scored[high], scored[~high], scored[uncertain])))
 
@@ -136,10 +141,10 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     tokenizer, model, problems = load_tokenizer(args.model), load_model(args.model), load_problems(args.data, "test")[: args.problems]
     engine = TorchEngine(model, tokenizer, args.batch_tokens)
-    cfg = MethodConfig(group_size=2, max_response_tokens=args.max_new_tokens, temperature=args.temperature, kl_coef=0.0)
+    cfg = MethodConfig(max_response_tokens=args.max_new_tokens, temperature=args.temperature, kl_coef=0.0)
     method = AttnRL(cfg, model, None, tokenizer, engine, None, grade, args.seed)
     groups = [Group(p["problem"], p["answers"], prompt_ids(tokenizer, p["problem"])) for p in problems]
-    fresh = method.generate(initial_jobs(groups, cfg))[:: cfg.group_size]
+    fresh = method.generate([(group, 0, 0) for group in groups])  # one response a problem
     method.grade(fresh)
     right = [(i, g, r) for i, (g, r) in enumerate(fresh) if r.reward]
     scored = method.score([(g, r) for _, g, r in right], with_fci=True)
@@ -149,7 +154,7 @@ def main() -> None:
     for (i, group, rollout), (entropies, steps) in zip(right, scored):
         last = count_scored_steps([method.text_of(token) for token in rollout.ids], steps) - args.distance + 1  # a step must follow
         for name, members in classes_of(np.array(rollout.fci), entropies, steps, last, cfg.branch_quantile).items():
-            for k in rng.choice(members, args.draws):
+            for k in rng.choice(members, args.draws if len(members) else 0):
                 start, end = steps[k]
                 n, cut = len(group.prompt_ids), steps[k + args.distance - 1][1]
                 jobs.append((name, BINS * start // len(rollout.ids), i, group.prompt_ids + rollout.ids[:cut], (n + start, n + end)))

@@ -207,7 +207,7 @@ def test_top_p_reaches_the_engine_and_its_renormalisation_is_no_mismatch(tiny_mo
     trainer = make_trainer(tiny_model, tiny_tokenizer, top_p=0.7, max_engine_gap=1e-3, lr=0.1)
     metrics, _ = trainer.step(make_groups(tiny_tokenizer))
     assert 1e-3 < metrics["engine_gap_mean"] <= metrics["engine_gap_max"] <= -math.log(0.7) + 1e-4
-    assert metrics["engine_ratio"] < 1 and 0 < metrics["engine_ess"] < 1
+    assert metrics["engine_log_ratio"] < 0 and 0 < metrics["engine_ess"] < 1
     metrics, _ = trainer.step([])
     assert metrics["loss"]
 

@@ -121,12 +121,13 @@ def test_hiding_nothing_changes_nothing_and_hiding_a_step_hides_it(tiny_model, t
     disruption.continue_without(tiny_model, engine, prefixes, [None, spans[1]], 3, 1.0)
     hook.remove()
     for row, (prefix, hidden) in enumerate(zip(prefixes, [None, spans[1]])):
+        cache = tiny_model(torch.tensor([prefix[:-1]])).past_key_values  # read with everything in sight
         mask = torch.ones(1, len(prefix), dtype=torch.long)
         if hidden:
             mask[0, slice(*hidden)] = 0
-        position = torch.arange(len(prefix))[None]
-        expected = tiny_model(torch.tensor([prefix]), attention_mask=mask, position_ids=position).logits[0, -1]
-        torch.testing.assert_close(seen[0][row], expected, atol=1e-4, rtol=1e-4)
+        settings = dict(attention_mask=mask, position_ids=torch.tensor([[len(prefix) - 1]]), past_key_values=cache)
+        expected = tiny_model(torch.tensor([prefix[-1:]]), **settings).logits[0, -1]
+        torch.testing.assert_close(seen[-3][row], expected, atol=1e-4, rtol=1e-4)
         plain = tiny_model(torch.tensor([prefix])).logits[0, -1]
         assert torch.allclose(expected, plain, atol=1e-4) == (hidden is None)
 
@@ -138,6 +139,8 @@ def test_classes_are_disjoint_shares():
     assert classes["FCI top 20 %"].tolist() == [1, 2] and classes["FCI other 80 %"].tolist() == list(range(3, 11))
     assert disruption.classes_of(fci, entropies, steps, 12, 0.2)["entropy top 20 %"].tolist()[-1] == 11
     assert disruption.classes_of(fci, entropies, steps, 2, 0.2) == {}
+    nobody = disruption.classes_of(np.zeros(12), entropies, steps, 11, 0.2)
+    assert nobody["FCI top 20 %"].tolist() == [] and nobody["FCI other 80 %"].tolist() == list(range(1, 11))
 
 
 def test_interval_counts_problems_not_draws():

@@ -363,10 +363,13 @@ def test_auto_takes_vllm_only_where_it_can_run(fake_vllm, monkeypatch):
     assert resolve_engine("auto")[0] == resolve_engine("vllm")[0] == "vllm" and resolve_engine("torch")[0] == "torch"
     fake_vllm.__version__ = VLLM_VERSION + "+cpu"
     assert resolve_engine("auto")[0] == "vllm"
-    for breakage, mention in (("version", "0.1.0 is installed"), ("cuda", "no CUDA device"), ("missing", "not installed")):
+    reasons = {"version": "0.1.0 is installed", "cuda": "no CUDA device", "missing": "not installed", "import": "does not import"}
+    for breakage, mention in reasons.items():
         with monkeypatch.context() as patch:
             if breakage == "version":
                 patch.setattr(fake_vllm, "__version__", "0.1.0")
+            elif breakage == "import":  # such as a build for another torch
+                patch.delattr(fake_vllm, "__version__")
             elif breakage == "cuda":
                 patch.setattr(torch.cuda, "is_available", lambda: False)
             else:
