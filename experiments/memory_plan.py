@@ -131,9 +131,9 @@ def logits_backward(s: Shape, chunk: int, autocast: bool) -> int:
     return max(3 * c + 2 * w, c // 2 + 3 * w) if autocast else max(3 * c + w, 3 * w)
 
 
-def fci(s: Shape, tokens: int, autocast: bool) -> int:
-    """The attention of every head to d steps, of one layer: as the kernel returns it, and fp32."""
-    return ((BF16 if autocast else 0) + FP32) * s.heads * s.head_dim * tokens
+def fci(s: Shape, tokens: int) -> int:
+    """Of one layer, with up to d steps: the attention of every head to the steps, from the kernel and in fp32, and masks of later steps."""
+    return FP32 * (2 * s.heads + 2) * s.head_dim * tokens
 
 
 def kv_token(s: Shape, bytes_each: int = BF16) -> int:
@@ -169,7 +169,7 @@ def plan(s: Shape, run, method, card: float) -> dict[str, list[int]]:
         "one layer": (1, [layer_forward(s, tokens, autocast), 0, 0,
                           checkpointing * layer_activations(s, tokens, autocast) + layer_backward(s, tokens, autocast)]),
         "logits of a chunk": (1, [logits(s, method.logit_chunk)] * 2 + [logits_backward(s, method.logit_chunk, autocast), 0]),
-        "FCI": (fci(s, tokens, autocast), [1, 0, 0, 0]),
+        "FCI": (fci(s, tokens), [1, 0, 0, 0]),
     }  # fmt: skip
     if run.engine == "torch":
         rows["engine: cache"] = kv_token(s, FP32) * max(TORCH_BATCH_TOKENS, longest), [1, 0, 0, 0]

@@ -1,6 +1,7 @@
 """The memory plan against what a small model allocates, on the CPU and to 10%; and no tensor over all tokens and the whole vocabulary."""
 
 import contextlib
+import dataclasses
 import json
 
 import pytest
@@ -159,7 +160,7 @@ def test_no_tensor_over_all_tokens_and_the_vocabulary(model_and_shape, with_entr
 
     assert largest(TOKENS) == TOKENS * s.vocabulary  # so the meter sees it
     others = max(s.vocabulary * s.width, ROWS * (LENGTH + 1) * s.mlp)  # the output layer's weights, and activations
-    assert largest(CHUNK) <= max(CHUNK * s.vocabulary, others) < TOKENS * s.vocabulary / 3
+    assert largest(CHUNK) <= max(CHUNK * s.vocabulary, others) < TOKENS * s.vocabulary / 2
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -181,11 +182,12 @@ def test_generation_copies_no_keys_for_grouped_queries(masked):
 
 def test_fci_and_cache(model_and_shape):
     model, s = model_and_shape
-    q, k = (torch.randn(1, n, TOKENS, s.head_dim) for n in (s.heads, s.kv_heads))
-    scores = FCI(torch.arange(TOKENS)[None] // 100)
+    s12 = dataclasses.replace(s, heads=12, kv_heads=2, head_dim=128)  # of the 1.5B model
+    q, k = (torch.randn(1, n, TOKENS, s12.head_dim) for n in (s12.heads, s12.kv_heads))
+    scores = FCI(torch.arange(TOKENS)[None] * 60 // TOKENS)
     with LiveBytes() as live:
         scores.add_layer(q, k, None, None)
-    assert memory_plan.fci(s, TOKENS, autocast=False) <= live.peak <= 3 * memory_plan.fci(s, TOKENS, autocast=False)
+    assert near(memory_plan.fci(s12, TOKENS), live.peak)
     cache = DynamicCache()
     with torch.no_grad():
         model(some_ids(), past_key_values=cache)
