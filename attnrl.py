@@ -82,7 +82,7 @@ class MethodConfig:
     max_engine_gap: float = HfArg(default=0.2, help="mean |log-prob of trainer - engine| a token, nats, above which the run stops")
     # memory knobs: they never change a result
     microbatch_tokens: int = HfArg(default=16384, help="rows x longest sequence of one forward pass")
-    logit_chunk: int = HfArg(default=1024, help="tokens whose logits exist at once")
+    logit_chunk: int = HfArg(default=512, help="tokens whose logits exist at once")
 
     def check(self) -> None:
         """Raises ValueError in one sentence where fields contradict each other."""
@@ -381,11 +381,13 @@ class AttnRL:
             self.optimizer.zero_grad()
             self.totals["updates"] += 1
             n_total += n_tokens
-        return {name: value / n_total for name, value in totals.items()} | ({"grad_norm": float(np.mean(norms))} if norms else {})
+        padding = 1 - totals.pop("read") / totals.pop("slots")
+        means = {name: value / n_total for name, value in totals.items()}
+        return means | {"grad_norm": float(np.mean(norms)), "padding": padding}
 
     def accumulate(self, rollouts: list[tuple[Group, Rollout]], n_tokens: int) -> dict[str, float]:
         """Add the minibatch's gradient, microbatch by microbatch: the sum over tokens divided by `n_tokens` once, so packing
-        changes nothing. Returns sums over tokens."""
+        changes nothing. Returns sums over response tokens, and how many tokens the forward passes read in how many slots."""
         cfg, sums = self.cfg, defaultdict(float)
         self.model.train()
         sequences = [(g.prompt_ids, r.ids) for g, r in rollouts]
@@ -408,6 +410,9 @@ class AttnRL:
             sums["loss"] += loss.sum().item()
             sums["clipped"] += clipped.sum().item()
             sums["kl"] += kl.sum().item()
+            lengths = [len(prompt) + len(response) for prompt, response in batch]
+            sums["read"] += sum(lengths)
+            sums["slots"] += len(lengths) * max(lengths)
         return sums
 
     @timed

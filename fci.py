@@ -173,6 +173,12 @@ def _attention(module, query, key, value, attention_mask, scaling=None, fci: FCI
     if fci is not None:
         with torch.no_grad():
             fci.add_layer(query, key, attention_mask, scaling)
+    batch, heads, n_queries, _ = query.shape
+    if n_queries == 1 and key.shape[1] < heads:  # a token is generated: as its group's rows, queries share keys and values without copies
+        grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], -1)  # transformers would copy the cache for every head
+        dropout = kwargs.get("dropout", 0.0)
+        output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+        return output.reshape(batch, 1, heads, -1), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 

@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from attnrl import AttnRL, Group, MethodConfig, Rollout, check_signs
 from eval import CHECKER, evaluate, grade, load_problems
+from experiments.memory_plan import report as memory_plan
 from fci import split_steps
 from sampler import EngineMismatch, context_length, load_model, load_tokenizer, make_engine, prompt_ids, resolve_engine, verify_sync
 
@@ -72,6 +73,8 @@ class RunConfig:
     eval_temperature: float = HfArg(default=0.6, help="of evaluation")
     save_every: int = HfArg(default=50, help="steps between checkpoints; the last step is always saved")
     keep_checkpoints: int = HfArg(default=2, help="how many to keep")
+    plan: bool = HfArg(default=False, help="print the GPU memory that this configuration needs, and stop; loads no weights")
+    gpu_gb: float = HfArg(default=0, help="for --plan, memory of the GPU in GB; 0: of the one that is there, else 80")
     long_prompts: Literal["refuse", "skip"] = HfArg(default="refuse", help="what to do about prompts above max_prompt_tokens")
 
 
@@ -92,7 +95,7 @@ PRESETS = {
 
 MAY_CHANGE = set(  # fields with which a run may be resumed under another value: where, how long, on which engine, and memory knobs
     "output_dir steps token_budget save_every keep_checkpoints threads engine max_engine_gap gpu_memory engine_sleep "
-    "microbatch_tokens logit_chunk gradient_checkpointing".split()
+    "microbatch_tokens logit_chunk gradient_checkpointing plan gpu_gb".split()
 )
 
 
@@ -119,7 +122,7 @@ def parse_config(argv: list[str]) -> tuple[RunConfig, MethodConfig]:
         if Path(getattr(run, name)).exists():
             setattr(run, name, str(Path(getattr(run, name)).resolve()))
     try:
-        check_signs(run, may_be_zero={"seed", "token_budget", "weight_decay", "threads", "eval_problems", "eval_temperature"})
+        check_signs(run, may_be_zero={"seed", "token_budget", "weight_decay", "threads", "eval_problems", "eval_temperature", "gpu_gb"})
         if run.gpu_memory > 1:
             raise ValueError(f"gpu_memory is a share of the GPU, at most 1, got {run.gpu_memory}")
         method.check()
@@ -289,6 +292,8 @@ def train(run: RunConfig, method: MethodConfig) -> None:
     """One run, from checked input to the last checkpoint. Raises InputError before anything is trained."""
     out = Path(run.output_dir)
     try:
+        if run.plan:
+            return print(memory_plan(run, method))
         chosen, _ = resolve_engine(run.engine)
         if run.engine_sleep and not (chosen == "vllm" and torch.cuda.is_available()):
             raise ValueError("engine_sleep hands vLLM's GPU memory back, and this run has no vLLM on a CUDA device: leave it out")

@@ -127,10 +127,21 @@ def test_gradients_do_not_depend_on_memory_knobs(tiny_model, tiny_tokenizer):
 
     expected, expected_loss = gradients(10**9, 10**9)
     assert expected.abs().max() > 1e-4
-    for knobs in [(1, 10**9), (700, 64), (4000, 7), (4000, 1000, True)]:
+    for knobs in [(1, 10**9), (1, 512, True), (700, 64), (4000, 7), (4000, 1000, True), (10**9, 64), (10**9, 10**9, True)]:
         actual, loss = gradients(*knobs)
         torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-4)
         assert loss == pytest.approx(expected_loss, abs=1e-3)
+
+
+def test_padding_is_the_share_of_slots_without_a_token(tiny_model, tiny_tokenizer):
+    """Three sequences of 6, 5 and 2 tokens: none is padded alone, 18 slots together, 12 and 2 in two passes."""
+    trainer = make_trainer(tiny_model, tiny_tokenizer, kl_coef=0.0)
+    rollouts = [Rollout(0, 0, [9] * n, [-1.0] * n, True, n % 2, [-1.0] * n) for n in (5, 4, 1)]
+    for budget, slots in [(1, 13), (100, 18), (12, 14)]:
+        trainer.cfg.microbatch_tokens = budget
+        for r in rollouts:
+            r.advantages = [1.0] * len(r.ids)
+        assert trainer.update([Group("p", ["1"], [8], rollouts)])["padding"] == pytest.approx(1 - 13 / slots)
 
 
 # --- forward passes
