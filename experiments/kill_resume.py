@@ -2,7 +2,7 @@
 
     python experiments/kill_resume.py
 
-Twenty runs of six steps on tiny/ with the plain engine, each stopped once: SIGKILL and SIGTERM in turn, at moments drawn evenly
+Twenty runs of five steps on tiny/ with the plain engine, each stopped once: SIGKILL and SIGTERM in turn, at moments drawn evenly
 from the time between a run's config.json and its end. The same command then finishes it. Everything that a run leaves behind must be
 the same bit for bit: weights, optimiser, random states and pending batch of its last checkpoint, metrics (times apart) and rollouts.
 Exits with 1 if anything differs.
@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 6
+STEPS = 5
 FLAGS = (
     f"--steps {STEPS} --token_budget 0 --batch_size 4 --min_batch_size 2 --max_batch_size 6 --target_sequences 30 --group_size 3 "
-    "--minibatch_prompts 2 --eval_problems 8 --eval_every 3 --save_every 2 --keep_checkpoints 2 --threads 1 --engine torch"
+    "--minibatch_prompts 2 --eval_problems 8 --eval_every 3 --save_every 1 --keep_checkpoints 2 --threads 1 --engine torch"
 ).split()
 
 
@@ -103,12 +103,15 @@ def main() -> None:
     args = parser.parse_args()
 
     shutil.rmtree(args.out, ignore_errors=True)
-    process = start(args.out / "whole")
-    began = wait_for_config(args.out / "whole", process)
-    finish(process)
+    controls = [args.out / f"whole-{i}" for i in range(args.jobs)]  # at once, to be as slow as the runs below
+    processes = [start(out) for out in controls]
+    began = [wait_for_config(out, process) for out, process in zip(controls, processes)][-1]
+    for process in processes:
+        finish(process)
     duration = time.monotonic() - began
-    whole = leavings(args.out / "whole")
-    print(f"a run takes {duration:.1f} s from config.json to its end\n", flush=True)
+    whole, *others = map(leavings, controls)
+    print(f"a run takes {duration:.1f} s from config.json to its end; {args.jobs} that nobody stopped ", end="")
+    print("ended with the same bits\n" if all(equal(whole, other) for other in others) else "DIFFER\n", flush=True)
     print("| | signal | after (s) | lines logged | writing a checkpoint | ended | resumed from | result |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     moments = np.random.default_rng(args.seed).uniform(0, duration, args.moments)
