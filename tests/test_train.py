@@ -465,6 +465,19 @@ def test_weights_are_safetensors_and_nothing_is_unpickled(tmp_path, uninterrupte
     assert not (tmp_path / "hacked").exists()
 
 
+def test_everything_is_on_the_disk_before_an_older_checkpoint_goes(tmp_path, monkeypatch):
+    out, sync, synced, fsync, lines = tmp_path / "run", train_module.sync, [], os.fsync, []
+    monkeypatch.setattr(train_module, "sync", lambda path: (synced.append((path, [p.name for p in checkpoints(out)])), sync(path)))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (lines.append(len(synced)), fsync(descriptor)))
+    run("--algo", "grpo", "--output_dir", out, "--steps", 2, "--keep_checkpoints", 1)
+    second = synced[len(synced) // 2 :]
+    names = {p.name for p in (out / "checkpoint-2").iterdir()}
+    assert {path.name for path, _ in second[:-1]} == names | {"checkpoint.partial"}
+    assert all(found == ["checkpoint-1"] for _, found in second[:-1]) and second[-1] == (out, ["checkpoint-1", "checkpoint-2"])
+    assert [p.name for p in checkpoints(out)] == ["checkpoint-2"]
+    assert lines.count(len(synced) // 2) == 2 + 1  # two log lines of the second step before its checkpoint, and the rename of the first
+
+
 def test_half_written_checkpoints_are_not_taken_for_one(tmp_path):
     for name in ("checkpoint.partial", "checkpoint-2", "checkpoint-10", "checkpoint-x"):
         (tmp_path / name).mkdir()
