@@ -163,9 +163,10 @@ def test_bad_input(tmp_path, monkeypatch, flags, message):
 def test_a_place_that_cannot_be_written_to_is_refused_before_the_model_loads(tmp_path, uninterrupted, monkeypatch):
     """A new directory and one with a run in it, whose config.json is there already."""
     monkeypatch.setattr(train_module, "load_model", refuse_to_load)
+    monkeypatch.setattr(train_module, "prepare_output", largest_file(0)(train_module.prepare_output))
     shutil.copytree(uninterrupted, tmp_path / "old")
     for out in (tmp_path / "new", tmp_path / "old"):
-        with pytest.raises(InputError, match="cannot use .* another --output_dir"), largest_file(0):
+        with pytest.raises(InputError, match="cannot use .* another --output_dir"):
             run("--output_dir", out, "--steps", 5)
     for path in uninterrupted.rglob("*"):
         assert path.is_dir() or (tmp_path / "old" / path.relative_to(uninterrupted)).read_bytes() == path.read_bytes(), path
@@ -352,11 +353,14 @@ def test_what_breaks_on_the_way_is_one_sentence_and_the_same_command_ends_with_t
         assert {p.name: digest(p) for p in (out / "checkpoint-2").iterdir()} == intact
         assert [p.name for p in checkpoints(out)][-1] == "checkpoint-2" and not (out / "checkpoint.partial").exists()
 
-    for size in (len(kept_lines) + 10, 500_000, 1_500_000):  # bytes: within a log line, the weights, the optimiser
-        with largest_file(size):
-            stopped(
-                "OSError: [Errno 27]" if size < 500_000 else "cannot write checkpoint-3", "" if size < 500_000 else f"make room in {out}"
-            )
+    for name, size, *reasons in (
+        ("append", len(kept_lines) + 10, "OSError: [Errno 27]", "traceback.txt"),
+        ("save_checkpoint", 500_000, "cannot write checkpoint-3", f"make room in {out}"),  # bytes: within the weights
+        ("save_checkpoint", 1_500_000, "cannot write checkpoint-3", f"make room in {out}"),  # within the optimiser
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module, name, largest_file(size)(getattr(train_module, name)))
+            stopped(*reasons)
     assert (out / "traceback.txt").read_text().count("Errno 27") and (out / "metrics.jsonl").read_bytes().startswith(kept_lines)
 
     def dead(self, requests, *args, **kwargs):
@@ -397,8 +401,10 @@ def test_updates_skipped_in_a_row_are_counted_across_checkpoints(tmp_path, unint
     assert weights[0] == weights[1]
     count = json.loads((out / "checkpoint-3/state.json").read_text())["skipped_in_a_row"]
     assert count == last["skipped_updates"]
+    calls = []
+    monkeypatch.setattr(AttnRL, "accumulate", lambda *args: (calls.append(args), not_finite(*args))[1])
     said = words_of_main(monkeypatch, "--output_dir", out, "--steps", 4, "--max_skipped_updates", count + 1)
-    assert f"{count + 1} updates in a row" in said and said.endswith("resumes from " + str(out / "checkpoint-3"))
+    assert len(calls) == 1 and f"{count + 1} updates in a row" in said and said.endswith("resumes from " + str(out / "checkpoint-3"))
 
 
 @pytest.mark.parametrize(("off_policy", "right"), [(True, False), (False, True)])
