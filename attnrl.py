@@ -73,6 +73,9 @@ class MethodConfig:
     clip_high: float = HfArg(default=0.28, help="and above 1 + clip_high")
     kl_coef: float = HfArg(default=0.001, help="weight of the KL to the frozen initial model; 0 drops the reference model")
     grad_clip: float = HfArg(default=1.0, help="largest gradient norm")
+    max_skipped_updates: int = HfArg(
+        default=3, help="updates without a finite loss and gradient are skipped; so many in a row stop the run"
+    )
     # the engine: it has a copy of the weights and kernels of its own
     old_logps: Literal["recompute", "engine"] = HfArg(
         default="recompute", help="the sampling policy: the trainer's log-probs, or the engine's by truncated importance weights"
@@ -109,6 +112,10 @@ def check_signs(config, may_be_zero: set[str]) -> None:
         if isinstance(value, int | float) and not isinstance(value, bool):
             if not math.isfinite(value) or value < 0 or (value == 0 and name not in may_be_zero):
                 raise ValueError(f"{name} must be {'at least' if name in may_be_zero else 'above'} 0, got {value}")
+
+
+class NonFiniteUpdates(RuntimeError):
+    """Too many updates in a row had no finite loss and gradient; args: a sentence, and the groups of the last one."""
 
 
 # --- What is trained on -----------------------------------------------------------------------------------------------
@@ -225,6 +232,7 @@ class AttnRL:
         self.seconds: dict[str, float] = defaultdict(float)  # of the current step
         self.gaps: list[np.ndarray] = []  # of the current step, a response each: log-prob here - log-prob of the engine
         self.totals = {"problems": 0, "updates": 0, "tokens": 0}
+        self.skipped_in_a_row = 0  # updates, across steps and checkpoints
 
     def step(self, groups: list[Group]) -> tuple[dict, list[Group]]:
         """Sample `groups`, train on the batch that is due, return (metrics, that batch).
@@ -367,23 +375,38 @@ class AttnRL:
 
     @timed
     def update(self, groups: list[Group]) -> dict:
-        """One pass over the problems in minibatches; returns metrics averaged over tokens."""
+        """One pass over the problems in minibatches; returns metrics averaged over the tokens of those not skipped.
+
+        Raises NonFiniteUpdates after `max_skipped_updates` minibatches in a row whose loss or gradient was not finite.
+        """
         totals: dict[str, float] = defaultdict(float)
-        norms, n_total = [], 0
+        norms, n_total, skipped = [], 0, 0
         order = self.rng.permutation(len(groups))
         for first in range(0, len(order), self.cfg.minibatch_prompts):
-            rollouts = [(groups[i], r) for i in order[first : first + self.cfg.minibatch_prompts] for r in groups[i].rollouts]
+            minibatch = [groups[i] for i in order[first : first + self.cfg.minibatch_prompts]]
+            rollouts = [(g, r) for g in minibatch for r in g.rollouts]
             n_tokens = sum(len(r.ids) for _, r in rollouts)
-            for name, value in self.accumulate(rollouts, n_tokens).items():
-                totals[name] += value
-            norms.append(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip, error_if_nonfinite=True).item())
-            self.optimizer.step()
+            sums = self.accumulate(rollouts, n_tokens)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip).item()
+            if math.isfinite(norm) and math.isfinite(sums["loss"]):
+                self.optimizer.step()
+                self.totals["updates"] += 1
+                self.skipped_in_a_row = 0
+                norms.append(norm)
+                n_total += n_tokens
+                for name, value in sums.items():
+                    totals[name] += value
+            else:
+                self.skipped_in_a_row += 1
+                skipped += 1
             self.optimizer.zero_grad()
-            self.totals["updates"] += 1
-            n_total += n_tokens
+            if self.skipped_in_a_row >= self.cfg.max_skipped_updates:
+                raise NonFiniteUpdates(f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite", minibatch)
+        if not norms:
+            return {"skipped_updates": skipped}
         padding = 1 - totals.pop("read") / totals.pop("slots")
-        means = {name: value / n_total for name, value in totals.items()}
-        return means | {"grad_norm": float(np.mean(norms)), "padding": padding}
+        averages = {name: value / n_total for name, value in totals.items()}
+        return averages | {"grad_norm": float(np.mean(norms)), "padding": padding, "skipped_updates": skipped}
 
     def accumulate(self, rollouts: list[tuple[Group, Rollout]], n_tokens: int) -> dict[str, float]:
         """Add the minibatch's gradient, microbatch by microbatch: the sum over tokens divided by `n_tokens` once, so packing

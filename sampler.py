@@ -313,11 +313,12 @@ class VLLMEngine:
         # vLLM draws from torch's random state or NumPy's, by backend: the former, which checkpoints keep, rules both.
         np.random.seed(torch.randint(2**31, ()).item())
         settings = dict(temperature=temperature, top_p=top_p, logprobs=0, stop_token_ids=self.eos_ids, detokenize=False)
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": r.prompt_ids} for r in requests],
-            [SamplingParams(max_tokens=r.max_new_tokens, **settings) for r in requests],
-            use_tqdm=False,
-        )  # fmt: skip
+        prompts = [{"prompt_token_ids": r.prompt_ids} for r in requests]
+        budgets = [SamplingParams(max_tokens=r.max_new_tokens, **settings) for r in requests]
+        try:
+            outputs = self.llm.generate(prompts, budgets, use_tqdm=False)
+        except Exception as error:  # vLLM's own kinds are no RuntimeErrors
+            raise RuntimeError(f"vLLM broke down ({type(error).__name__}: {error})") from error
         responses = []
         for sampled in (output.outputs[0] for output in outputs):
             logps = [choices[token].logprob for token, choices in zip(sampled.token_ids, sampled.logprobs)]

@@ -10,15 +10,21 @@ Defaults are the paper's. An algorithm and a preset override some of them; flags
     curves.png       the run at a glance       rollouts.jsonl   trees with text, FCI and advantages
     checkpoint-N/    weights in Hugging Face format, with all that is needed to go on
 
-The same command again resumes from the last complete checkpoint, to the same weights as a run that was never stopped.
+The same command again resumes from the last complete checkpoint, to the same weights as a run that was never stopped. SIGTERM, which
+clusters send before they kill, makes a run save a checkpoint at the end of the current step and stop; a second SIGTERM kills it.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
+import signal
 import sys
+import threading
+import traceback
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +37,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
-from attnrl import AttnRL, Group, MethodConfig, Rollout, check_signs
+from attnrl import AttnRL, Group, MethodConfig, NonFiniteUpdates, Rollout, check_signs
 from eval import CHECKER, evaluate, grade, load_problems
 from experiments.memory_plan import report as memory_plan
 from fci import split_steps
@@ -95,12 +101,16 @@ PRESETS = {
 
 MAY_CHANGE = set(  # fields with which a run may be resumed under another value: where, how long, on which engine, and memory knobs
     "output_dir steps token_budget save_every keep_checkpoints threads engine max_engine_gap gpu_memory engine_sleep "
-    "microbatch_tokens logit_chunk gradient_checkpointing plan gpu_gb".split()
+    "microbatch_tokens logit_chunk gradient_checkpointing max_skipped_updates plan gpu_gb".split()
 )
 
 
 class InputError(ValueError):
     """Something the user gave cannot work; the message says what and how to mend it."""
+
+
+class RunStopped(RuntimeError):
+    """A run ended early; what it had done by its last checkpoint is safe."""
 
 
 class Parser(HfArgumentParser):
@@ -186,16 +196,24 @@ def save_checkpoint(out: Path, step: int, trainer: AttnRL, state: dict, keep: in
     state = state | {
         "step": step, "sampler": vars(trainer.sampler), "totals": trainer.totals,
         "planner_rng": trainer.rng.bit_generator.state, "pending": [asdict(g) for g in trainer.pending],
+        "skipped_in_a_row": trainer.skipped_in_a_row,
     }  # fmt: skip
     (aside / "state.json").write_text(json.dumps(state))
     (aside / "digests.json").write_text(json.dumps({p.name: digest(p) for p in aside.iterdir()}))
-    for path in aside.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    for path in (*aside.iterdir(), aside):
+        sync(path)
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
+    sync(out)  # only now the rename survives a power cut, and older checkpoints may go
     for old in checkpoints(out)[:-keep]:
         shutil.rmtree(old)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a directory, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def digest(path: Path) -> str:
@@ -210,16 +228,19 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """The checkpoint's state.json, once every file is known to be as it was written. Raises InputError."""
+    """The checkpoint's state.json, once every file is known to be as it was written. Raises InputError.
+
+    No falling back to the checkpoint before: a file that changed on the disk is something to know about, not to step over.
+    """
     try:
-        digests = json.loads((checkpoint / "digests.json").read_text())
-        changed = [name for name, expected in digests.items() if digest(checkpoint / name) != expected]
-        if changed:
-            raise ValueError(f"{', '.join(changed)} changed since it was written")
+        name = "digests.json"
+        for name, expected in json.loads((checkpoint / name).read_text()).items():
+            if digest(checkpoint / name) != expected:
+                raise ValueError("it is not what digests.json says was written")
         return json.loads((checkpoint / "state.json").read_text())
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{checkpoint} is damaged ({error}): delete it to resume from the one before, or the whole run to start again"
+            f"{checkpoint} is damaged ({name}: {error}): delete it to resume from the one before, or the whole run to start again"
         ) from None
 
 
@@ -228,7 +249,7 @@ def restore(trainer: AttnRL, checkpoint: Path, state: dict) -> None:
     saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     trainer.optimizer.load_state_dict(saved["optimizer"])
     vars(trainer.sampler).update(state["sampler"])
-    trainer.totals = state["totals"]
+    trainer.totals, trainer.skipped_in_a_row = state["totals"], state["skipped_in_a_row"]
     trainer.rng.bit_generator.state = state["planner_rng"]
     trainer.pending = [Group(**g | {"rollouts": [Rollout(**r) for r in g["rollouts"]]}) for g in state["pending"]]
     torch.set_rng_state(saved["rng"]["cpu"])
@@ -242,6 +263,8 @@ def restore(trainer: AttnRL, checkpoint: Path, state: dict) -> None:
 def append(path: Path, record: dict) -> None:
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # a checkpoint counts on the lines before it
 
 
 def describe_tree(group: Group, step: int, trainer: AttnRL) -> dict:
@@ -288,8 +311,11 @@ def plot_curves(out: Path) -> None:
 # --- 4. The run -------------------------------------------------------------------------------------------------------
 
 
-def train(run: RunConfig, method: MethodConfig) -> None:
-    """One run, from checked input to the last checkpoint. Raises InputError before anything is trained."""
+def train(run: RunConfig, method: MethodConfig, stop=lambda: False) -> None:
+    """One run, from checked input to the last checkpoint, or to one after the step in which `stop()` became true.
+
+    Raises InputError before anything is trained. What is raised later, RunStopped or another, costs the steps after the last checkpoint.
+    """
     out = Path(run.output_dir)
     try:
         if run.plan:
@@ -307,6 +333,7 @@ def train(run: RunConfig, method: MethodConfig) -> None:
     except ValueError as error:
         raise InputError(error) from None
     size = sum(p.numel() for p in trainer.model.parameters())
+    check_room(out, run, 12 * size)  # bytes: fp32 weights and two moments of AdamW
     print(f"{run.algo}: {Path(run.model).name}, {size:,} parameters on {trainer.model.device}; {len(train_problems)} problems")
     if checkpoint:
         print(f"resuming from {checkpoint}")
@@ -340,10 +367,16 @@ def train(run: RunConfig, method: MethodConfig) -> None:
         state = {"first_accuracy": tested["test_accuracy"], "log_lines": 1, "tree_lines": 0}
     unit = "token" if run.token_budget else "step"
     progress = tqdm(total=run.token_budget or run.steps, initial=so_far(), unit=unit, unit_scale=bool(run.token_budget), dynamic_ncols=True)
-    while not finished():
+    stopping = stop()
+    while not finished() and not stopping:
         count = 0 if sampling_ended() else trainer.sampler.batch_size
         timeouts = CHECKER.timeouts
-        metrics, batch = trainer.step(next_groups(train_problems, tokenizer, position, count, run.seed))
+        try:
+            metrics, batch = trainer.step(next_groups(train_problems, tokenizer, position, count, run.seed))
+        except NonFiniteUpdates as error:
+            (reason, groups), path = error.args, out / f"nonfinite-{step + 1}.json"
+            path.write_text(json.dumps([asdict(g) for g in groups]))
+            raise RunStopped(f"{reason}, see {path} for the last one's rollouts; to skip more, raise --max_skipped_updates") from None
         position += count
         step += bool(batch)
 
@@ -358,13 +391,20 @@ def train(run: RunConfig, method: MethodConfig) -> None:
         if batch:
             append(out / "rollouts.jsonl", describe_tree(max(batch, key=lambda g: g.mixed() * len(g.rollouts)), step, trainer))
             state["tree_lines"] += 1
-        if batch and (step % run.save_every == 0 or finished()):
-            save_checkpoint(out, step, trainer, state | {"position": position}, run.keep_checkpoints)
+        stopping = stop()  # asked once, so that a run which stops has saved, if it has trained at all
+        if batch and (step % run.save_every == 0 or finished() or stopping):
+            try:
+                save_checkpoint(out, step, trainer, state | {"position": position}, run.keep_checkpoints)
+            except Exception as error:  # the file system, safetensors and torch.save each have their own kind
+                shutil.rmtree(out / "checkpoint.partial", ignore_errors=True)
+                raise RunStopped(f"cannot write checkpoint-{step} ({' '.join(str(error).split())}): make room in {out}") from error
             plot_curves(out)
         progress.set_postfix(step=step, reward=f"{record.get('reward', float('nan')):.2f}", prompts=count, refresh=False)
         progress.update(so_far() - progress.n)
     progress.close()
     trainer.engine.close()
+    if not finished():
+        raise RunStopped(f"SIGTERM ended the run after step {step}")
     gain = f"{state['first_accuracy']:.1%} -> {state['test_accuracy']:.1%} of the held-out problems solved"
     print(f"{gain} after {step} steps and {trainer.totals['tokens']:,} generated tokens")
     print(f"see {out}/curves.png, metrics.jsonl, rollouts.jsonl and checkpoint-{step}/")
@@ -372,6 +412,15 @@ def train(run: RunConfig, method: MethodConfig) -> None:
 
 def budget_used(run: RunConfig, steps: int, tokens: int) -> bool:
     return steps >= run.steps or 0 < run.token_budget <= tokens
+
+
+def check_room(out: Path, run: RunConfig, size: int) -> None:
+    """Raises InputError unless the disk holds the checkpoints to come, of `size` bytes each."""
+    at_once = min(run.keep_checkpoints + 1, math.ceil(run.steps / run.save_every))  # the oldest goes when the newest is there
+    needed, free = (at_once - len(checkpoints(out))) * size, shutil.disk_usage(out).free
+    if free < needed:
+        sizes = f"{needed / 1e9:.3g} GB for checkpoints and has {free / 1e9:.3g} GB"
+        raise InputError(f"{out} needs {sizes}: make room, lower --keep_checkpoints, or choose another --output_dir")
 
 
 def build(run: RunConfig, method: MethodConfig, tokenizer, checkpoint: Path | None) -> AttnRL:
@@ -397,11 +446,12 @@ def prepare_output(out: Path, run: RunConfig, method: MethodConfig) -> tuple[Pat
     config, path = asdict(run) | asdict(method), out / "config.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            path.write_text(json.dumps(config, indent=2))
+        aside = out / "config.partial"
+        aside.write_text(json.dumps(config, indent=2))  # in every run, since it shows that there is a place to write to
+        aside.unlink() if path.exists() else aside.rename(path)
         before = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot use {out} for the run: {error}") from None
+        raise InputError(f"cannot use {out} for the run ({error}): mend that, or choose another --output_dir") from None
     changed = [
         f"{name} ({before.get(name)} -> {value})" for name, value in config.items() if before.get(name) != value and name not in MAY_CHANGE
     ]
@@ -410,9 +460,9 @@ def prepare_output(out: Path, run: RunConfig, method: MethodConfig) -> tuple[Pat
     found = checkpoints(out)
     state = read_state(found[-1]) if found else {}
     for name, lines in (("metrics.jsonl", "log_lines"), ("rollouts.jsonl", "tree_lines")):
-        if (out / name).exists():  # drop what a stopped run logged after its checkpoint
-            kept = (out / name).read_text().splitlines(keepends=True)[: state.get(lines, 0)]
-            (out / name).write_text("".join(kept))
+        if (out / name).exists():  # drop what a stopped run logged after its checkpoint, be it whole lines or not
+            kept = (out / name).read_bytes().splitlines(keepends=True)[: state.get(lines, 0)]
+            os.truncate(out / name, sum(map(len, kept)))
     return (found[-1] if found else None), state
 
 
@@ -420,10 +470,23 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*use_reentrant.*")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    told = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: (told.set(), signal.signal(signal.SIGTERM, signal.SIG_DFL)))
     try:
-        train(*parse_config(sys.argv[1:]))
+        run, method = parse_config(sys.argv[1:])
+        train(run, method, told.is_set)
     except (InputError, EngineMismatch) as error:
         sys.exit(f"error: {error}")
+    except (RuntimeError, OSError) as error:  # what breaks at work: engine, grader, memory, disk; anything else is a bug
+        out = Path(run.output_dir)
+        reason = " ".join(str(error).split())
+        if not isinstance(error, RunStopped):
+            reason = f"{type(error).__name__}: {reason}, see {out}/traceback.txt"
+            with contextlib.suppress(OSError):
+                (out / "traceback.txt").write_text(traceback.format_exc())
+        found = checkpoints(out)
+        print(file=sys.stderr)  # below the progress bar
+        sys.exit(f"stopped: {reason}; the same command {f'resumes from {found[-1]}' if found else 'starts the run again'}")
 
 
 if __name__ == "__main__":

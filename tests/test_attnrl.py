@@ -308,13 +308,80 @@ def test_advantages_are_those_of_the_tree(tiny_model, tiny_tokenizer):
             assert rollout.advantages == (a.tolist() if group.mixed() else [])
 
 
-def test_a_batch_without_signal_updates_nothing_and_grows_to_its_bound(tiny_model, tiny_tokenizer):
-    trainer = make_trainer(tiny_model, tiny_tokenizer, reward_fn=lambda response, answers: False)
+@pytest.mark.parametrize("off_policy", [True, False])
+@pytest.mark.parametrize("right", [True, False])
+def test_a_batch_without_signal_updates_nothing_and_grows_to_its_bound(tiny_model, tiny_tokenizer, right, off_policy, monkeypatch):
+    trainer = make_trainer(tiny_model, tiny_tokenizer, reward_fn=lambda response, answers: right, off_policy=off_policy)
+    monkeypatch.setattr(trainer.engine, "load", lambda model: pytest.fail("weights that did not change were pushed"))
     before = [p.clone() for p in tiny_model.parameters()]
-    trainer.step(make_groups(tiny_tokenizer))
-    metrics, _ = trainer.step(make_groups(tiny_tokenizer))
+    for _ in range(2):
+        metrics, _ = trainer.step(make_groups(tiny_tokenizer))
     assert metrics["valid_sequences"] == 0 and trainer.totals["updates"] == 0 and metrics["next_batch_size"] == 8
+    assert metrics["reward"] == right and "loss" not in metrics and not trainer.optimizer.state
     assert all(map(torch.equal, before, tiny_model.parameters()))
+
+
+def poison(trainer, monkeypatch, minibatches, what):
+    """Make the loss or a gradient of the given minibatches (numbered from 0) not finite, one element in both cases."""
+    accumulate, calls = trainer.accumulate, []
+
+    def poisoned(rollouts, n_tokens):
+        sums = accumulate(rollouts, n_tokens)
+        if len(calls) in minibatches and what == "loss":
+            sums["loss"] += math.inf
+        elif len(calls) in minibatches:
+            next(trainer.model.parameters()).grad[3, 5] = math.nan if what == "NaN gradient" else -math.inf
+        calls.append(rollouts)
+        return sums
+
+    monkeypatch.setattr(trainer, "accumulate", poisoned)
+
+
+def two_minibatches(trainer):
+    """Two problems with advantages, ready for `update`, which makes a minibatch of each."""
+    trainer.cfg.minibatch_prompts = 1
+    torch.manual_seed(0)  # the same two, whatever was sampled before
+    return list({id(g): g for g, _ in scored_rollouts(trainer)}.values())[:2]
+
+
+@pytest.mark.parametrize("what", ["loss", "NaN gradient", "infinite gradient"])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(tiny_tokenizer, monkeypatch, what):
+    """The first of two minibatches is skipped as if it were not there: weights, optimiser and metrics are those of the second alone."""
+    trainer, expected = (make_trainer(load_model(str(TINY)), tiny_tokenizer, off_policy=False) for _ in range(2))
+    groups = two_minibatches(trainer)
+    poison(trainer, monkeypatch, {0}, what)
+    metrics = trainer.update(groups)
+    other = two_minibatches(expected)[expected.rng.permutation(2)[1]]
+    expected_metrics = expected.update([other])
+    assert metrics == expected_metrics | {"skipped_updates": 1} and expected_metrics["skipped_updates"] == 0
+    assert trainer.totals["updates"] == 1 and trainer.skipped_in_a_row == 0 and metrics["grad_norm"] > 0
+    for a, b in zip(trainer.model.parameters(), expected.model.parameters()):
+        assert torch.equal(a, b) and a.grad is None
+        state, expected_state = trainer.optimizer.state[a], expected.optimizer.state[b]
+        assert state.keys() == expected_state.keys() and all(torch.equal(state[k], expected_state[k]) for k in state)
+
+
+def test_updates_skipped_in_a_row_stop_the_run_with_their_last_batch(tiny_model, tiny_tokenizer):
+    """A reference model of NaN makes every loss NaN: two updates are skipped in one step, the third in the next."""
+    trainer = make_trainer(tiny_model, tiny_tokenizer, off_policy=False)
+    groups = two_minibatches(trainer)
+    with torch.no_grad():
+        trainer.reference.lm_head.weight.fill_(math.nan)
+    before = [p.clone() for p in tiny_model.parameters()]
+    assert trainer.update(groups) == {"skipped_updates": 2} and trainer.skipped_in_a_row == 2
+    with pytest.raises(attnrl.NonFiniteUpdates) as caught:
+        trainer.update(groups)
+    message, last = caught.value.args
+    assert message.startswith("3 updates in a row") and len(last) == 1 and any(last[0] is g for g in groups)
+    assert all(map(torch.equal, before, tiny_model.parameters())) and not trainer.optimizer.state and trainer.totals["updates"] == 0
+
+
+def test_a_finite_update_ends_a_row_of_skipped_ones(tiny_model, tiny_tokenizer, monkeypatch):
+    trainer = make_trainer(tiny_model, tiny_tokenizer, off_policy=False)
+    groups = two_minibatches(trainer)
+    poison(trainer, monkeypatch, {0, 1, 3, 4}, "loss")
+    assert [(trainer.update(groups)["skipped_updates"], trainer.skipped_in_a_row) for _ in range(3)] == [(2, 2), (1, 1), (1, 0)]
+    assert trainer.totals["updates"] == 2
 
 
 @pytest.mark.parametrize(

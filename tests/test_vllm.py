@@ -139,6 +139,20 @@ def test_a_failing_start_is_one_sentence():
 # --- what a push does
 
 
+def test_a_dead_core_is_one_sentence_for_train_py(prompts, monkeypatch):
+    """vLLM's own kinds of exception are no RuntimeErrors, which is what train.py tells in a sentence."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def die(*args, **kwargs):
+        raise EngineDeadError
+
+    assert not issubclass(EngineDeadError, RuntimeError)
+    engine = start(TINY)
+    monkeypatch.setattr(engine.llm, "generate", die)
+    with pytest.raises(RuntimeError, match="vLLM broke down .EngineDeadError: "):
+        engine.generate([Request(prompts[0], 4)])
+
+
 def test_a_push_makes_it_a_fresh_engine_on_the_new_weights(prompts, tmp_path):
     """Same tokens and log-probs as an engine started on those weights, also after prefixes that the old weights had cached."""
     engine, model = start(TINY), load_model(str(TINY))
