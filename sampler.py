@@ -266,7 +266,6 @@ class TorchEngine:
         end = stop or budget
         return Response(ids[:end], logps[:end], "stop" if stop else "length")
 
-    @torch.no_grad()
     def load(self, model) -> None:
         """Copy the model's weights, unless the engine samples from that very model."""
         if model is not self.model:
@@ -397,19 +396,16 @@ def make_engine(
     if chosen == "vllm":
         try:
             engine = VLLMEngine(model_name, tokenizer, max_tokens, seed, gpu_memory, sleep_mode, tensor_parallel)
-            _announce(f"engine: vLLM {VLLM_VERSION}")
+            if rank() == 0:
+                print(f"engine: vLLM {VLLM_VERSION}", file=sys.stderr)
             return engine
         except ValueError as error:
             if name == "vllm":
                 raise
             why_not = str(error)
-    _announce(f"engine: plain PyTorch ({why_not})")
-    return TorchEngine(model if model is not None else load_model(model_name), tokenizer)
-
-
-def _announce(what: str) -> None:
     if rank() == 0:
-        print(what, file=sys.stderr)
+        print(f"engine: plain PyTorch ({why_not})", file=sys.stderr)
+    return TorchEngine(model if model is not None else load_model(model_name), tokenizer)
 
 
 # --- 5. Is the engine the policy that is trained? ---------------------------------------------------------------------
@@ -516,7 +512,7 @@ def once(work: Callable):
 
 
 def shared_out(items: list, costs: list[int], work: Callable[[list], list], replicas: int = 1) -> list:
-    """work(items), a result an item, where every process works on a share of about equal cost, or `replicas` neighbours on the same one."""
+    """work(items), which returns a result an item, by processes that each work on a share. `replicas` neighbours work on the same one."""
     own = shares(costs, world_size() // replicas)[rank() // replicas]
     results = union(dict(zip(own, work([items[i] for i in own]))))
     return [results[i] for i in range(len(items))]
@@ -535,10 +531,12 @@ class SharedEngine:
 
 
 def shard(model) -> None:
-    """Split weights, gradients and so the optimiser's state over all processes (FSDP2), which gather a layer's weights when they run it.
+    """Split weights, gradients and so the optimiser's state over the processes (FSDP2); a single one keeps the model as it is.
 
-    All processes must run the model equally often. Weights stay fp32 and are gathered in fp32, as autocast wants them.
+    A layer's weights are gathered, in their own dtype, when it runs: all processes must run the model equally often.
     """
+    if world_size() == 1:
+        return
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):  # what every decoder layer of transformers is
             fully_shard(module)
@@ -548,14 +546,19 @@ def shard(model) -> None:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or all of a sharded one: then all processes must ask for it."""
+    """The tensor itself, or all of a sharded one, for which all processes must ask together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def full_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and whole weights, one at a time. All processes must run through it together."""
-    for name, weight in model.state_dict().items():
-        yield name, whole(weight)
+    """Names and whole weights, one at a time: all processes must go through them together."""
+    return ((name, whole(weight)) for name, weight in model.state_dict().items())
+
+
+def on_rank_0(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The whole tensors, in CPU memory; {} on other ranks, which have to ask for them, too."""
+    gathered = ((name, whole(tensor)) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in gathered if rank() == 0}
 
 
 def fork_rng():

@@ -47,6 +47,7 @@ from sampler import (
     load_model,
     load_tokenizer,
     make_engine,
+    on_rank_0,
     once,
     prompt_ids,
     rank,
@@ -54,7 +55,6 @@ from sampler import (
     shard,
     union,
     verify_sync,
-    whole,
     world_size,
 )
 
@@ -119,7 +119,7 @@ MAY_CHANGE = set(  # fields with which a run may be resumed under another value:
 )
 
 
-PATIENCE = timedelta(hours=1)  # of a process that waits for another, which may be sampling; torchrun ends the others of a dead one
+PATIENCE = timedelta(minutes=30)  # of processes that wait for another, which may be sampling or writing a checkpoint
 
 
 class InputError(ValueError):
@@ -200,10 +200,10 @@ def next_groups(problems: list[dict], tokenizer, position: int, count: int, seed
 
 def save_checkpoint(out: Path, step: int, trainer: AttnRL, state: dict, keep: int) -> None:
     """Write checkpoint-STEP aside, then rename it: a checkpoint under its final name is complete. Sharded tensors are saved whole."""
-    weights, optimizer = gather_on_rank_0(trainer.model.state_dict()), trainer.optimizer.state_dict()
-    optimizer["state"] = {i: gather_on_rank_0(moments) for i, moments in optimizer["state"].items()}
+    weights, optimizer = on_rank_0(trainer.model.state_dict()), trainer.optimizer.state_dict()
+    optimizer["state"] = {i: on_rank_0(moments) for i, moments in optimizer["state"].items()}
     rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-    rngs = union({rank(): rng})
+    rngs = union({rank(): rng})  # every process has drawn its own samples
     if rank() > 0:
         return
     aside, final = out / "checkpoint.partial", out / f"checkpoint-{step}"
@@ -224,12 +224,6 @@ def save_checkpoint(out: Path, step: int, trainer: AttnRL, state: dict, keep: in
     aside.rename(final)
     for old in checkpoints(out)[:-keep]:
         shutil.rmtree(old)
-
-
-def gather_on_rank_0(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The whole tensors, in the memory of rank 0's CPU; other processes get none, but have to call it too."""
-    gathered = ((name, whole(tensor)) for name, tensor in tensors.items())
-    return {name: tensor.cpu() for name, tensor in gathered if rank() == 0}
 
 
 def digest(path: Path) -> str:
@@ -259,7 +253,7 @@ def read_state(checkpoint: Path) -> dict:
 
 def restore(trainer: AttnRL, checkpoint: Path, state: dict) -> None:
     """Everything but the weights, which `build` loads and `verify_sync` pushes to the engine."""
-    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, mmap=True)  # a process reads little more than its shard
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, mmap=world_size() > 1)  # mapped: held once a node
     for i, parameter in enumerate(trainer.model.parameters()):
         if isinstance(parameter, DTensor):
             moments, mesh, placements = saved["optimizer"]["state"].get(i, {}), parameter.device_mesh, parameter.placements
@@ -271,7 +265,7 @@ def restore(trainer: AttnRL, checkpoint: Path, state: dict) -> None:
     trainer.rng.bit_generator.state = state["planner_rng"]
     trainer.pending = [Group(**g | {"rollouts": [Rollout(**r) for r in g["rollouts"]]}) for g in state["pending"]]
     if len(saved["rng"]) != world_size():
-        print(f"{checkpoint} was written by {len(saved['rng'])} processes, this run has {world_size()}: sampling goes on with new seeds")
+        print(f"{checkpoint} was written by {len(saved['rng'])} processes, and there are {world_size()}: sampling goes on with new seeds")
         torch.manual_seed(torch.initial_seed() + 1000 * state["step"])
         return
     rng = saved["rng"][rank()]
@@ -341,10 +335,7 @@ def train(run: RunConfig, method: MethodConfig) -> None:
     try:
         resolve_engine(run.engine)
         if world_size() % run.tensor_parallel:
-            raise ValueError(
-                f"tensor_parallel={run.tensor_parallel} does not divide the {world_size()} processes of this run: start another number "
-                "with torchrun --nproc_per_node, or change it"
-            )
+            raise ValueError(f"tensor_parallel={run.tensor_parallel} must divide the number of torchrun's processes, here {world_size()}")
         if run.engine_sleep and not torch.cuda.is_available():
             raise ValueError("engine_sleep hands GPU memory back and there is no CUDA device: leave it out")
         tokenizer = load_tokenizer(run.model)
@@ -357,8 +348,7 @@ def train(run: RunConfig, method: MethodConfig) -> None:
     except ValueError as error:
         raise InputError(error) from None
     size = sum(p.numel() for p in trainer.model.parameters())
-    device = f"{world_size()} x {trainer.model.device.type}" if world_size() > 1 else trainer.model.device
-    print(f"{run.algo}: {Path(run.model).name}, {size:,} parameters on {device}; {len(train_problems)} problems")
+    print(f"{run.algo}: {Path(run.model).name}, {size:,} parameters on {trainer.model.device}; {len(train_problems)} problems")
     if checkpoint:
         print(f"resuming from {checkpoint}")
         restore(trainer, checkpoint, state)
@@ -390,10 +380,8 @@ def train(run: RunConfig, method: MethodConfig) -> None:
         append(out / "metrics.jsonl", {"step": 0, **tested, "total_tokens": 0})
         state = {"first_accuracy": tested["test_accuracy"], "log_lines": 1, "tree_lines": 0}
     unit = "token" if run.token_budget else "step"
-    progress = tqdm(
-        total=run.token_budget or run.steps, initial=so_far(), unit=unit, unit_scale=bool(run.token_budget), dynamic_ncols=True,
-        disable=rank() > 0,
-    )  # fmt: skip
+    style = dict(unit=unit, unit_scale=bool(run.token_budget), dynamic_ncols=True, disable=rank() > 0)
+    progress = tqdm(total=run.token_budget or run.steps, initial=so_far(), **style)
     while not finished():
         count = 0 if sampling_ended() else trainer.sampler.batch_size
         metrics, batch = trainer.step(next_groups(train_problems, tokenizer, position, count, run.seed))
@@ -443,15 +431,13 @@ def build(run: RunConfig, method: MethodConfig, tokenizer, checkpoint: Path | No
     reference = load_model(run.model, autocast or torch.float32).requires_grad_(False) if method.kl_coef else None
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    sharded = world_size() > 1
-    for each in filter(None, (model, reference) if sharded else ()):
+    for each in filter(None, (model, reference)):
         shard(each)
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=run.weight_decay, fused=on_gpu)  # fused: no copy of the state
     longest = method.max_prompt_tokens + method.max_response_tokens
-    knobs = dict(max_tokens=longest, seed=engine_seed(run), gpu_memory=run.gpu_memory, sleep_mode=run.engine_sleep)
-    knobs |= dict(tensor_parallel=run.tensor_parallel)
-    engine = make_engine(run.engine, run.model, tokenizer, None if sharded else model, **knobs)
-    return AttnRL(method, model, reference, tokenizer, SharedEngine(engine, run.tensor_parallel), optimizer, grade, run.seed, autocast)
+    knobs = dict(seed=engine_seed(run), gpu_memory=run.gpu_memory, sleep_mode=run.engine_sleep, tensor_parallel=run.tensor_parallel)
+    own = make_engine(run.engine, run.model, tokenizer, model if world_size() == 1 else None, max_tokens=longest, **knobs)
+    return AttnRL(method, model, reference, tokenizer, SharedEngine(own, run.tensor_parallel), optimizer, grade, run.seed, autocast)
 
 
 def prepare_output(out: Path, run: RunConfig, method: MethodConfig) -> tuple[Path | None, dict]:
@@ -479,13 +465,14 @@ def prepare_output(out: Path, run: RunConfig, method: MethodConfig) -> tuple[Pat
 
 
 def join_processes() -> None:
-    """Under torchrun, meet its other processes, on a GPU each if there are any; only rank 0 prints."""
+    """Meet the other processes of torchrun, each on a GPU of its own if there are any; only rank 0 prints."""
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
+    print(f"{world_size()} processes")
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # torchrun runs this file: see `three_steps`
 
 import attnrl
 import sampler
+import train
 from attnrl import AttnRL, Group, MethodConfig, microbatches
 from eval import grade, load_problems
 from fci import token_logps
@@ -94,6 +95,14 @@ def test_all_ranks_make_equally_many_passes_and_every_sequence_counts_once(monke
     assert sorted(i for p in passes for rows, counts in p for i in rows if counts) == list(range(n_sequences))
     as_rank(monkeypatch, 0, 1)
     assert [rows for rows, _ in microbatches(sequences, 60)] == list(attnrl.pack(sequences, 60))
+
+
+def test_engines_draw_different_samples_unless_they_are_one(monkeypatch):
+    seeds = []
+    for rank in range(4):
+        monkeypatch.setattr(train, "rank", lambda: rank)  # noqa: B023
+        seeds.append([train.engine_seed(train.RunConfig(seed=7, tensor_parallel=n)) for n in (1, 2)])
+    assert seeds == [[7, 7], [8, 7], [9, 8], [10, 8]]
 
 
 # --- the same weights as one process
@@ -178,11 +187,12 @@ def test_two_processes_reach_the_weights_of_one(two_processes):
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=0)
     ours = [json.loads((two_processes / f"metrics-{rank}.json").read_text()) for rank in range(2)]
+    assert sum(o["idle"] for o in ours) > 0  # or else passes that count for nothing were not tested
     for one, *both in zip(metrics, *(o["metrics"] for o in ours)):
         for name, value in one.items():
             if not name.startswith("time_"):
                 assert both[0][name] == both[1][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
-    assert abs(ours[0]["handed_out"] - ours[1]["handed_out"]) <= 12  # of a few hundred: each had about half
+    assert abs(ours[0]["handed_out"] - ours[1]["handed_out"]) <= 2  # of more than a hundred
 
 
 def test_tied_embeddings_can_be_sharded(two_processes):
@@ -197,11 +207,11 @@ def test_tied_embeddings_can_be_sharded(two_processes):
 def test_a_run_learns(tmp_path):
     out = tmp_path / "run"
     done = finish(torchrun(
-        ROOT / "train.py", "--output_dir", out, "--token_budget", 80_000, "--eval_problems", 200, "--eval_every", 100, "--gradient_checkpointing", "true"
+        ROOT / "train.py", "--output_dir", out, "--token_budget", 60_000, "--eval_problems", 200, "--eval_every", 100, "--gradient_checkpointing", "true"
     ))  # fmt: skip
     first, last = records(out)[0], records(out)[-1]
-    assert last["test_accuracy"] > first["test_accuracy"] + 0.1
-    assert done.stdout.count("before training") == 1 and "2 x cpu" in done.stdout
+    assert last["test_accuracy"] > first["test_accuracy"] + 0.05  # by about 0.2; the standard error of the difference is 0.05
+    assert done.stdout.count("before training") == 1 and "2 processes" in done.stdout
     assert (out / "curves.png").exists()
 
 
@@ -244,7 +254,7 @@ def test_one_process_resumes_what_two_began(tmp_path, uninterrupted):
     out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
     done = finish([sys.executable, ROOT / "train.py", *SHORT, "--output_dir", out, "--steps", "4", "--threads", "1"])
-    assert "written by 2 processes, this run has 1" in done.stdout
+    assert "written by 2 processes, and there are 1" in done.stdout
     assert records(out)[: len(records(uninterrupted))] == records(uninterrupted) and records(out)[-1]["step"] == 4
     saved = torch.load(out / "checkpoint-4/optimizer.pt", weights_only=True)["optimizer"]["state"]
     assert {int(s["step"]) for s in saved.values()} == {records(out)[-1]["total_updates"]}  # the optimiser went on, too
@@ -262,9 +272,11 @@ def test_an_error_is_said_once_and_ends_all(uninterrupted, flags, message):
 
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
-    out, trained = Path(sys.argv[1]), three_steps(microbatch_tokens=700)
+    idle = []
+    attnrl.microbatches = lambda *args: (idle.append(not counts) or (rows, counts) for rows, counts in microbatches(*args))
+    out, trained = Path(sys.argv[1]), three_steps(microbatch_tokens=150)  # a sequence a pass: shares of equal length differ in passes
     tied = tied_gradients()
-    (out / f"metrics-{sampler.rank()}.json").write_text(json.dumps({"metrics": trained[1], "handed_out": trained[2]}))
+    (out / f"metrics-{sampler.rank()}.json").write_text(json.dumps({"metrics": trained[1], "handed_out": trained[2], "idle": sum(idle)}))
     if sampler.rank() == 0:
         save_file(trained[0], out / "weights.safetensors")
         save_file(tied, out / "tied.safetensors")
