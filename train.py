@@ -487,6 +487,8 @@ def main() -> None:
         if rank() > 0:
             time.sleep(5)  # if rank 0 failed alike, it has said so by then, and its end has ended this process
         sys.exit(f"error: {error}")
+    if world_size() > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
