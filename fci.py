@@ -38,6 +38,8 @@ code copies a transformers model file and patches its attention instead.
     python fci.py --problem "a=3, b=a+2, c=b*4, d=c+1, e=d+c, f=e+2, find f."      # look at it, see experiments/show_fci.py
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -205,6 +207,12 @@ def token_logps(model, batch, temperature: float, chunk: int, fci: FCI | None = 
     """
     ids = collate([prompt + response for prompt, response in batch], 0, model.device)
     is_response = collate([[0] * len(p) + [1] * len(r) for p, r in batch], 0, model.device).bool()
+    forward = getattr(model, "response_logps", functools.partial(response_logps, model))  # a method where weights are sharded
+    return forward(ids, is_response, temperature, chunk, fci, with_entropy)
+
+
+def response_logps(model, ids, is_response, temperature: float, chunk: int, fci: FCI | None, with_entropy: bool):
+    """`token_logps` of tensors: ids (B, L), is_response (B, L) bool."""
     extra = {"fci": fci} if fci else {}
     hidden = model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state  # (B, L, D)
     hidden, targets = hidden[:, :-1][is_response[:, 1:]], ids[is_response]  # (N, D), (N,)
@@ -240,17 +248,18 @@ def check_model(model) -> None:
     seen = _StepAttention(ids - 1)
     with torch.no_grad():
         if attention == "fci":
-            hidden = model.base_model(input_ids=ids, use_cache=False, fci=seen).last_hidden_state
+            model(input_ids=ids, use_cache=False, fci=seen)
         if not seen.alphas:
             raise ValueError(f"{name} cannot be scored by FCI: its attention implementation is {attention!r}, which takes no hook")
+        ours, _ = token_logps(model, [([1], list(range(2, 9)))], temperature=1.0, chunk=1024)
         model.set_attn_implementation("eager")
         eager = model(input_ids=ids, use_cache=False, output_attentions=True)
         model.set_attn_implementation(attention)
-        logits = model.get_output_embeddings()(hidden)
     attentions = torch.cat([a for a in eager.attentions if a is not None]).float()  # (layers, H, L, L)
     if not torch.allclose(torch.cat(seen.alphas), attentions, atol=1e-2):
         raise ValueError(f"{name} attends in ways that FCI does not see: step attention differs from what output_attentions says")
-    if not torch.allclose(logits, eager.logits, atol=1e-2, rtol=1e-2):
+    expected = eager.logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    if not torch.allclose(ours, expected, atol=1e-2):
         raise ValueError(f"{name} soft-caps or scales its logits after the output layer, which token_logps does not do")
 
 
