@@ -88,9 +88,11 @@ def kill_and_resume(i: int, number: signal.Signals, moment: float, out: Path, wh
     left = process.communicate()[0].strip().splitlines()
     ended = "by itself" if process.returncode == 1 and left[-1].startswith("stopped: SIGTERM") else f"code {process.returncode}"
     writing = "yes" if (out / "checkpoint.partial").exists() else "no"
-    resumed = [line.rpartition("/")[2] for line in finish(start(out)).splitlines() if line.startswith("resuming from")]
+    said = finish(start(out))
+    resumed = [line.rpartition("/")[2] for line in said.splitlines() if line.startswith("resuming from")]
+    resumed = resumed or ["nothing, it was complete" if "is complete" in said else "the start"]
     differ = [name for name, value in leavings(out).items() if not equal(value, whole[name])]
-    row = f"{i} | {number.name} | {moment:.1f} | {logged} | {writing} | {ended} | {resumed[0] if resumed else 'the start'}"
+    row = f"{i} | {number.name} | {moment:.1f} | {logged} | {writing} | {ended} | {resumed[0]}"
     return f"| {row} | {'DIFFERENT: ' + ', '.join(differ) if differ else 'same bits'} |"
 
 
