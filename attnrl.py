@@ -30,7 +30,20 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from fci import FCI, PADDING, check_projection, collate, count_scored_steps, fci_scores, split_steps, step_ids_of, token_logps
-from sampler import AdaptiveSampler, Request, check_gap, choose_responses, expansion, mismatch
+from sampler import (
+    AdaptiveSampler,
+    Request,
+    check_gap,
+    choose_responses,
+    expansion,
+    mismatch,
+    rank,
+    shared_out,
+    shares,
+    union,
+    whole,
+    world_size,
+)
 from tree import Leaf, branch_points, group_advantages, tree_advantages
 
 
@@ -181,6 +194,18 @@ def pack(sequences: list[tuple[list[int], list[int]]], budget: int) -> Iterator[
         order = order[rows:]
 
 
+def microbatches(sequences: list[tuple[list[int], list[int]]], budget: int) -> Iterator[tuple[list[int], bool]]:
+    """(indices of a batch, True) for what this process runs of (prompt, response) pairs, all of them if it is the only one.
+
+    Processes gather sharded weights together, so all make equally many passes: (indices, False) is one that counts for nothing.
+    """
+    costs = [len(prompt) + len(response) for prompt, response in sequences]
+    batches = [[[own[i] for i in rows] for rows in pack([sequences[i] for i in own], budget)] for own in shares(costs, world_size())]
+    missing = max(map(len, batches)) - len(batches[rank()])
+    yield from ((rows, True) for rows in batches[rank()])
+    yield from (([costs.index(min(costs))], False) for _ in range(missing))
+
+
 def timed(method):
     """Adds the wall-clock seconds of a method to `self.seconds`, under time_NAME."""
 
@@ -281,8 +306,11 @@ class AttnRL:
 
     @timed
     def grade(self, fresh: list[tuple[Group, Rollout]]) -> None:
-        for group, rollout in fresh:
-            rollout.reward = float(self.reward_fn(self.tokenizer.decode(rollout.ids), group.answers))
+        def rewards(own: list[tuple[Group, Rollout]]) -> list[float]:
+            return [float(self.reward_fn(self.tokenizer.decode(rollout.ids), group.answers)) for group, rollout in own]
+
+        for (_, rollout), reward in zip(fresh, shared_out(fresh, [1] * len(fresh), rewards)):
+            rollout.reward = reward
 
     # -- 2. score and plan
 
@@ -292,8 +320,8 @@ class AttnRL:
         """Set `logps` (and `fci`) of rollouts under the current policy; return their (entropies, steps). One forward pass."""
         self.model.eval()
         sequences = [(g.prompt_ids, r.ids) for g, r in fresh]
-        results: list = [None] * len(fresh)
-        for rows in pack(sequences, self.cfg.microbatch_tokens):
+        measured, results = {}, [None] * len(fresh)
+        for rows, _ in microbatches(sequences, self.cfg.microbatch_tokens):
             texts = [[self.text_of(i) for i in fresh[row][1].ids] for row in rows]
             steps = [split_steps(t) for t in texts]
             step_ids = [step_ids_of(len(sequences[row][0]), s) for row, s in zip(rows, steps)]
@@ -304,13 +332,14 @@ class AttnRL:
                 )
             lengths = [len(sequences[row][1]) for row in rows]
             for i, (row, lp, h) in enumerate(zip(rows, logps.cpu().split(lengths), entropies.cpu().split(lengths))):
-                rollout = fresh[row][1]
-                prefix = fresh[row][0].rollouts[rollout.family].logps[: rollout.start]  # of the policy that sampled it
-                rollout.logps = prefix + lp[rollout.start :].tolist()
-                self.gaps.append(lp[rollout.start :].numpy() - np.array(rollout.engine_logps[rollout.start :]))
-                if fci:
-                    rollout.fci = fci_scores(fci.values[i], count_scored_steps(texts[i], steps[i]), len(steps[i])).tolist()
-                results[row] = h.numpy(), steps[i]
+                scores = fci_scores(fci.values[i], count_scored_steps(texts[i], steps[i]), len(steps[i])).tolist() if fci else []
+                measured[row] = lp.numpy(), h.numpy(), scores, steps[i]
+        for row, (logps, entropies, scores, steps) in union(measured).items():
+            group, rollout = fresh[row]
+            prefix = group.rollouts[rollout.family].logps[: rollout.start]  # of the policy that sampled it
+            rollout.logps, rollout.fci = prefix + logps[rollout.start :].tolist(), scores
+            self.gaps.append(logps[rollout.start :] - np.array(rollout.engine_logps[rollout.start :]))
+            results[row] = entropies, steps
         return results
 
     def plan(self, groups: list[Group]) -> dict:
@@ -367,9 +396,11 @@ class AttnRL:
         for first in range(0, len(order), self.cfg.minibatch_prompts):
             rollouts = [(groups[i], r) for i in order[first : first + self.cfg.minibatch_prompts] for r in groups[i].rollouts]
             n_tokens = sum(len(r.ids) for _, r in rollouts)
-            for name, value in self.accumulate(rollouts, n_tokens).items():
-                totals[name] += value
-            norms.append(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip, error_if_nonfinite=True).item())
+            for sums in union({rank(): self.accumulate(rollouts, n_tokens)}).values():
+                for name, value in sums.items():
+                    totals[name] += value
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip, error_if_nonfinite=True)
+            norms.append(whole(norm).item())
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.totals["updates"] += 1
@@ -382,7 +413,7 @@ class AttnRL:
         cfg, sums = self.cfg, defaultdict(float)
         self.model.train()
         sequences = [(g.prompt_ids, r.ids) for g, r in rollouts]
-        for rows in pack(sequences, cfg.microbatch_tokens):
+        for rows, counts in microbatches(sequences, cfg.microbatch_tokens):
             batch = [sequences[i] for i in rows]
             old_logps, engine_logps, advantages = (
                 torch.tensor([x for i in rows for x in getattr(rollouts[i][1], name)], device=self.model.device)
@@ -396,8 +427,9 @@ class AttnRL:
                     with torch.no_grad():
                         ref_logps, _ = token_logps(self.reference, batch, cfg.temperature, cfg.logit_chunk)
                 logps, _ = token_logps(self.model, batch, cfg.temperature, cfg.logit_chunk)
-            loss, clipped, kl = policy_loss(logps, old_logps, ref_logps, advantages, cfg.clip_low, cfg.clip_high, cfg.kl_coef)
-            (loss.sum() / n_tokens).backward()
+            losses = policy_loss(logps, old_logps, ref_logps, advantages, cfg.clip_low, cfg.clip_high, cfg.kl_coef)
+            loss, clipped, kl = (counts * x for x in losses)
+            (loss.sum() * world_size() / n_tokens).backward()  # FSDP averages gradients over processes
             sums["loss"] += loss.sum().item()
             sums["clipped"] += clipped.sum().item()
             sums["kl"] += kl.sum().item()

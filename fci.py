@@ -29,6 +29,8 @@ the first step, and everything from the last `</think>` on score 0. The released
 and patches its attention instead.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -182,6 +184,12 @@ def token_logps(model, batch, temperature: float, chunk: int, fci: FCI | None = 
     """
     ids = collate([prompt + response for prompt, response in batch], 0, model.device)
     is_response = collate([[0] * len(p) + [1] * len(r) for p, r in batch], 0, model.device).bool()
+    forward = getattr(model, "response_logps", functools.partial(response_logps, model))  # a method where weights are sharded
+    return forward(ids, is_response, temperature, chunk, fci, with_entropy)
+
+
+def response_logps(model, ids, is_response, temperature: float, chunk: int, fci: FCI | None, with_entropy: bool):
+    """`token_logps` of tensors: ids (B, L), is_response (B, L) bool."""
     extra = {"fci": fci} if fci else {}
     hidden = model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state  # (B, L, D)
     hidden, targets = hidden[:, :-1][is_response[:, 1:]], ids[is_response]  # (N, D), (N,)
@@ -200,7 +208,7 @@ def check_projection(model) -> None:
     """Raises ValueError if the model's logits are more than its output layer applied to its last hidden state."""
     ids = torch.arange(1, 9, device=model.device)[None]
     with torch.no_grad():
-        direct = model(input_ids=ids).logits
-        ours = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
+        direct = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).flatten()
+        ours, _ = token_logps(model, [([1], list(range(2, 9)))], temperature=1.0, chunk=1024)
     if not torch.allclose(direct, ours, atol=1e-3, rtol=1e-3):
         raise ValueError(f"{type(model).__name__} soft-caps or scales its logits after the output layer, which token_logps does not do")

@@ -17,14 +17,19 @@ before anything is trained it is shown that a push reaches every weight (`verify
 """
 
 import contextlib
+import functools
 import importlib.util
 import math
 import os
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,8 +40,9 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fci import token_logps  # importing fci registers the attention that load_model asks for
+from fci import response_logps, token_logps  # importing fci registers the attention that load_model asks for
 
 VLLM_VERSION = "0.32.0"  # the one that requirements-gpu.txt pins and the tests run; its weight reload is not a stable interface
 PROMPT = "{problem} Let's think step by step and output the final answer within \\boxed{{}}."  # the paper's
@@ -196,7 +202,7 @@ class _Budgets(StoppingCriteria):
 
 
 class TorchEngine:
-    """Samples with transformers' `generate`, from the trained model itself: weights are never stale.
+    """Samples with transformers' `generate`, from the trained model itself (weights are never stale) or from a copy of it.
 
     batch_tokens: rows x longest sequence of a batch, a memory knob. Requests of similar length share a batch.
     """
@@ -261,7 +267,11 @@ class TorchEngine:
         return Response(ids[:end], logps[:end], "stop" if stop else "length")
 
     def load(self, model) -> None:
-        """Nothing to push: the engine samples from the trained model."""
+        """Copy the model's weights, unless the engine samples from that very model."""
+        if model is not self.model:
+            own = self.model.state_dict()
+            for name, weight in full_weights(model):
+                own[name].copy_(weight)
 
     def sleep(self) -> None:
         """Nothing to free."""
@@ -281,7 +291,10 @@ class VLLMEngine:
     Continuations of one response share their prefix, so prefix caching saves most of their prefill.
     """
 
-    def __init__(self, model_name: str, tokenizer, max_tokens: int, seed: int = 0, gpu_memory: float = 0.4, sleep_mode: bool = False):
+    def __init__(
+        self, model_name: str, tokenizer, max_tokens: int, seed: int = 0, gpu_memory: float = 0.4, sleep_mode: bool = False,
+        tensor_parallel: int = 1,
+    ):  # fmt: skip
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: weights are handed over as they are
         from vllm import LLM
 
@@ -295,7 +308,8 @@ class VLLMEngine:
             self.llm = LLM(
                 model_name, skip_tokenizer_init=True, dtype="bfloat16" if torch.cuda.is_available() else "float32", seed=seed,
                 max_model_len=max_tokens, gpu_memory_utilization=gpu_memory, enable_prefix_caching=True, generation_config="vllm",
-                logprobs_mode="processed_logprobs", enable_sleep_mode=sleep_mode,
+                logprobs_mode="processed_logprobs", enable_sleep_mode=sleep_mode, tensor_parallel_size=tensor_parallel,
+                distributed_executor_backend="external_launcher" if world_size() > 1 else None,  # the processes are torchrun's
             )  # fmt: skip
         except Exception as error:  # no memory, no device, a model that vLLM does not know: each has its own kind
             reason = " ".join(str(error).split())[:300]
@@ -327,7 +341,7 @@ class VLLMEngine:
         """Push the model's weights, then drop every prefix that the old ones cached. Wakes a sleeping engine."""
         if self.asleep:
             self.llm.wake_up(tags=["weights"])  # the cache stays away until the push, which needs room of its own, is over
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(model.state_dict().items())})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(model)})
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept prefixes cached under old weights (reset_prefix_cache returned False)")
         if self.asleep and not self.llm.wake_up(tags=["kv_cache"]):
@@ -373,21 +387,24 @@ def resolve_engine(name: str) -> tuple[str, str]:
 
 
 def make_engine(
-    name: str, model_name: str, tokenizer, model=None, *, max_tokens: int, seed: int = 0, gpu_memory: float = 0.4, sleep_mode: bool = False
-):
+    name: str, model_name: str, tokenizer, model=None, *, max_tokens: int, seed: int = 0, gpu_memory: float = 0.4,
+    sleep_mode: bool = False, tensor_parallel: int = 1,
+):  # fmt: skip
     """The engine that `resolve_engine(name)` says, which is printed to stderr. model: what the torch engine samples from; None loads
     `model_name`. With "auto", a vLLM that does not start is replaced by the torch engine."""
     chosen, why_not = resolve_engine(name)
     if chosen == "vllm":
         try:
-            engine = VLLMEngine(model_name, tokenizer, max_tokens, seed, gpu_memory, sleep_mode)
-            print(f"engine: vLLM {VLLM_VERSION}", file=sys.stderr)
+            engine = VLLMEngine(model_name, tokenizer, max_tokens, seed, gpu_memory, sleep_mode, tensor_parallel)
+            if rank() == 0:
+                print(f"engine: vLLM {VLLM_VERSION}", file=sys.stderr)
             return engine
         except ValueError as error:
             if name == "vllm":
                 raise
             why_not = str(error)
-    print(f"engine: plain PyTorch ({why_not})", file=sys.stderr)
+    if rank() == 0:
+        print(f"engine: plain PyTorch ({why_not})", file=sys.stderr)
     return TorchEngine(model if model is not None else load_model(model_name), tokenizer)
 
 
@@ -417,7 +434,7 @@ def verify_sync(engine, model, prompts, bound: float, n_tokens: int = 16, temper
     """
     gaps, requests = {}, [Request(ids, n_tokens) for ids in prompts]
     for weights in ("the weights, negated", "the weights"):
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), fork_rng():
             for parameter in model.parameters():
                 parameter.neg_()
             engine.sleep()
@@ -449,3 +466,101 @@ def mismatch(gaps: list[np.ndarray]) -> dict[str, float]:
         "engine_gap_mean": float(tokens.mean()), "engine_gap_max": float(tokens.max()),
         "engine_ratio": float(np.exp(sums).mean()), "engine_ess": float(w.sum() ** 2 / (len(w) * (w**2).sum())),
     }  # fmt: skip
+
+
+# --- 6. Many processes (torchrun) -------------------------------------------------------------------------------------
+#
+# Every process runs the same program on the same data and makes the same random choices. Only the heavy calls are shared out: sampling,
+# grading, scoring, the update. So all statistics are over all processes, and a checkpoint is that of a run of one process.
+
+
+def world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def shares(costs: list[int], n: int) -> list[list[int]]:
+    """Indices of `costs` in n shares of about equal cost: the dearest first, each to the share with the least so far.
+
+    >>> shares([5, 1, 4, 3, 3], 2)
+    [[0, 4], [1, 2, 3]]
+    """
+    found: list[list[int]] = [[] for _ in range(n)]
+    loads = [0] * n
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = min(range(n), key=lambda share: loads[share])
+        found[least].append(i)
+        loads[least] += costs[i]
+    return [sorted(share) for share in found]
+
+
+def union(own: dict) -> dict:
+    """The dictionaries of all processes in one, the same everywhere."""
+    if world_size() == 1:
+        return own
+    parts: list = [None] * world_size()
+    torch.distributed.all_gather_object(parts, own)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def once(work: Callable):
+    """What `work()` returns on rank 0, on all processes."""
+    return union({0: work()} if rank() == 0 else {})[0]
+
+
+def shared_out(items: list, costs: list[int], work: Callable[[list], list], replicas: int = 1) -> list:
+    """work(items), which returns a result an item, by processes that each work on a share. `replicas` neighbours work on the same one."""
+    own = shares(costs, world_size() // replicas)[rank() // replicas]
+    results = union(dict(zip(own, work([items[i] for i in own]))))
+    return [results[i] for i in range(len(items))]
+
+
+class SharedEngine:
+    """The engines of all processes as one. tensor_parallel: how many neighbouring processes hold one engine together."""
+
+    def __init__(self, own, tensor_parallel: int = 1):
+        self.own, self.tensor_parallel = own, tensor_parallel
+        self.load, self.sleep, self.close = own.load, own.sleep, own.close
+
+    def generate(self, requests: list[Request], temperature: float = 1.0, top_p: float = 1.0) -> list[Response]:
+        budgets = [r.max_new_tokens for r in requests]
+        return shared_out(requests, budgets, lambda own: self.own.generate(own, temperature, top_p), self.tensor_parallel)
+
+
+def shard(model) -> None:
+    """Split weights, gradients and so the optimiser's state over the processes (FSDP2); a single one keeps the model as it is.
+
+    A layer's weights are gathered, in their own dtype, when it runs: all processes must run the model equally often.
+    """
+    if world_size() == 1:
+        return
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # what every decoder layer of transformers is
+            fully_shard(module)
+    fully_shard(model, reshard_after_forward=True)  # the root too: `parameters()` must never be the gathered ones
+    model.response_logps = functools.partial(response_logps, model)
+    register_fsdp_forward_method(model, "response_logps")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or all of a sharded one, for which all processes must ask together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and whole weights, one at a time: all processes must go through them together."""
+    return ((name, whole(weight)) for name, weight in model.state_dict().items())
+
+
+def on_rank_0(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The whole tensors, in CPU memory; {} on other ranks, which have to ask for them, too."""
+    gathered = ((name, whole(tensor)) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in gathered if rank() == 0}
+
+
+def fork_rng():
+    """Keeps torch's random state as it is, that of this process' GPU included and of no other."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])

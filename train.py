@@ -3,6 +3,7 @@
     python train.py                                                        # the embedded reasoner in tiny/, on a laptop
     python train.py --algo grpo                                            # a baseline; every constant is a flag, see --help
     python train.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B      # the paper's setting, on one 80 GB GPU
+    torchrun --nproc_per_node 8 train.py --model ...                       # on eight
 
 Defaults are the paper's. An algorithm and a preset override some of them; flags override both. A run writes a directory:
 
@@ -19,13 +20,17 @@ import json
 import os
 import shutil
 import sys
+import time
 import warnings
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -34,7 +39,24 @@ from transformers.utils import logging as transformers_logging
 from attnrl import AttnRL, Group, MethodConfig, Rollout, check_signs
 from eval import evaluate, grade, load_problems
 from fci import split_steps
-from sampler import EngineMismatch, context_length, load_model, load_tokenizer, make_engine, prompt_ids, resolve_engine, verify_sync
+from sampler import (
+    EngineMismatch,
+    SharedEngine,
+    context_length,
+    fork_rng,
+    load_model,
+    load_tokenizer,
+    make_engine,
+    on_rank_0,
+    once,
+    prompt_ids,
+    rank,
+    resolve_engine,
+    shard,
+    union,
+    verify_sync,
+    world_size,
+)
 
 HERE = Path(__file__).parent
 
@@ -56,6 +78,7 @@ class RunConfig:
     engine: Literal["auto", "torch", "vllm"] = HfArg(default="auto", help="what samples; auto is vllm where it and CUDA are there")
     gpu_memory: float = HfArg(default=0.4, help="share of the GPU that vllm may use")
     engine_sleep: bool = HfArg(default=False, help="vllm hands its GPU memory back during updates (its sleep mode); CUDA only")
+    tensor_parallel: int = HfArg(default=1, help="neighbouring GPUs that hold one vllm engine together; needs torchrun")
     seed: int = HfArg(default=0, help="of sampling, branching and data order")
     steps: int = HfArg(default=500, help="training steps")
     token_budget: int = HfArg(default=0, help="stop sampling new problems after so many generated tokens; 0: never")
@@ -91,9 +114,12 @@ PRESETS = {
 
 
 MAY_CHANGE = set(  # fields with which a run may be resumed under another value: where, how long, on which engine, and memory knobs
-    "output_dir steps token_budget save_every keep_checkpoints threads engine max_engine_gap gpu_memory engine_sleep "
+    "output_dir steps token_budget save_every keep_checkpoints threads engine max_engine_gap gpu_memory engine_sleep tensor_parallel "
     "microbatch_tokens logit_chunk gradient_checkpointing".split()
 )
+
+
+PATIENCE = timedelta(minutes=30)  # of processes that wait for another, which may be sampling or writing a checkpoint
 
 
 class InputError(ValueError):
@@ -141,7 +167,7 @@ def load_data(run: RunConfig, method: MethodConfig, tokenizer) -> tuple[list[dic
     train, test = load_problems(run.train_data, "train"), load_problems(run.test_data, "test")
     test = test[: run.eval_problems or None]
     for name, problems in (("train_data", train), ("test_data", test)):
-        lengths = [len(prompt_ids(tokenizer, p["problem"])) for p in tqdm(problems, desc=name, delay=2)]
+        lengths = [len(prompt_ids(tokenizer, p["problem"])) for p in tqdm(problems, desc=name, delay=2, disable=rank() > 0)]
         too_long = sum(n > method.max_prompt_tokens for n in lengths)
         if too_long and run.long_prompts == "refuse":
             raise ValueError(
@@ -173,13 +199,18 @@ def next_groups(problems: list[dict], tokenizer, position: int, count: int, seed
 
 
 def save_checkpoint(out: Path, step: int, trainer: AttnRL, state: dict, keep: int) -> None:
-    """Write checkpoint-STEP aside, then rename it: a checkpoint under its final name is complete."""
+    """Write checkpoint-STEP aside, then rename it: a checkpoint under its final name is complete. Sharded tensors are saved whole."""
+    weights, optimizer = on_rank_0(trainer.model.state_dict()), trainer.optimizer.state_dict()
+    optimizer["state"] = {i: on_rank_0(moments) for i, moments in optimizer["state"].items()}
+    rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    rngs = union({rank(): rng})  # every process has drawn its own samples
+    if rank() > 0:
+        return
     aside, final = out / "checkpoint.partial", out / f"checkpoint-{step}"
     shutil.rmtree(aside, ignore_errors=True)
-    trainer.model.save_pretrained(aside)
+    trainer.model.save_pretrained(aside, state_dict=weights)
     trainer.tokenizer.save_pretrained(aside)
-    rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-    torch.save({"optimizer": trainer.optimizer.state_dict(), "rng": rng}, aside / "optimizer.pt")
+    torch.save({"optimizer": optimizer, "rng": rngs}, aside / "optimizer.pt")
     state = state | {
         "step": step, "sampler": vars(trainer.sampler), "totals": trainer.totals,
         "planner_rng": trainer.rng.bit_generator.state, "pending": [asdict(g) for g in trainer.pending],
@@ -222,23 +253,34 @@ def read_state(checkpoint: Path) -> dict:
 
 def restore(trainer: AttnRL, checkpoint: Path, state: dict) -> None:
     """Everything but the weights, which `build` loads and `verify_sync` pushes to the engine."""
-    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, mmap=world_size() > 1)  # mapped: held once a node
+    for i, parameter in enumerate(trainer.model.parameters()):
+        if isinstance(parameter, DTensor):
+            moments, mesh, placements = saved["optimizer"]["state"].get(i, {}), parameter.device_mesh, parameter.placements
+            for name in {"exp_avg", "exp_avg_sq"} & moments.keys():
+                moments[name] = distribute_tensor(moments[name], mesh, placements, src_data_rank=None)
     trainer.optimizer.load_state_dict(saved["optimizer"])
     vars(trainer.sampler).update(state["sampler"])
     trainer.totals = state["totals"]
     trainer.rng.bit_generator.state = state["planner_rng"]
     trainer.pending = [Group(**g | {"rollouts": [Rollout(**r) for r in g["rollouts"]]}) for g in state["pending"]]
-    torch.set_rng_state(saved["rng"]["cpu"])
-    if "cuda" in saved["rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["rng"]["cuda"])
+    if len(saved["rng"]) != world_size():
+        print(f"{checkpoint} was written by {len(saved['rng'])} processes, and there are {world_size()}: sampling goes on with new seeds")
+        torch.manual_seed(torch.initial_seed() + 1000 * state["step"])
+        return
+    rng = saved["rng"][rank()]
+    torch.set_rng_state(rng["cpu"])
+    if "cuda" in rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])
 
 
 # --- 3. Logs ----------------------------------------------------------------------------------------------------------
 
 
 def append(path: Path, record: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    if rank() == 0:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def describe_tree(group: Group, step: int, trainer: AttnRL) -> dict:
@@ -257,6 +299,8 @@ def describe_tree(group: Group, step: int, trainer: AttnRL) -> dict:
 
 def plot_curves(out: Path) -> None:
     """curves.png: accuracy, entropy and length, batch composition, and where the time goes."""
+    if rank() > 0:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -290,11 +334,13 @@ def train(run: RunConfig, method: MethodConfig) -> None:
     out = Path(run.output_dir)
     try:
         resolve_engine(run.engine)
+        if world_size() % run.tensor_parallel:
+            raise ValueError(f"tensor_parallel={run.tensor_parallel} must divide the number of torchrun's processes, here {world_size()}")
         if run.engine_sleep and not torch.cuda.is_available():
             raise ValueError("engine_sleep hands GPU memory back and there is no CUDA device: leave it out")
         tokenizer = load_tokenizer(run.model)
         train_problems, test_problems = load_data(run, method, tokenizer)
-        checkpoint, state = prepare_output(out, run, method)
+        checkpoint, state = once(lambda: prepare_output(out, run, method))
         if state and not state["pending"] and budget_used(run, state["step"], state["totals"]["tokens"]):
             print(f"{out} is complete after {state['step']} steps: raise the budget to go on, or choose another --output_dir")
             return
@@ -308,12 +354,12 @@ def train(run: RunConfig, method: MethodConfig) -> None:
         restore(trainer, checkpoint, state)
     few = [prompt_ids(tokenizer, p["problem"]) for p in train_problems[:8]]
     budget = min(16, method.max_response_tokens)
-    verify_sync(trainer.engine, trainer.model, few, method.max_engine_gap, budget, method.temperature, trainer.autocast)
+    verify_sync(trainer.engine.own, trainer.model, few, method.max_engine_gap, budget, method.temperature, trainer.autocast)
     step, position = state.get("step", 0), state.get("position", 0)  # position in the stream of training problems
 
     def test() -> dict:
-        with torch.random.fork_rng(), trainer.autocast():  # the same random numbers at every evaluation, none taken from training
-            torch.manual_seed(run.seed)
+        with fork_rng(), trainer.autocast():  # the same random numbers at every evaluation, none taken from training
+            torch.manual_seed(engine_seed(run))
             settings = dict(samples=run.eval_samples, max_new_tokens=method.max_response_tokens, temperature=run.eval_temperature)
             result = evaluate(trainer.engine, tokenizer, test_problems, **settings)
         return {"test_accuracy": result["pass@1"], "test_tokens": result["mean_tokens"], "test_truncated": result["truncated"]}
@@ -334,7 +380,8 @@ def train(run: RunConfig, method: MethodConfig) -> None:
         append(out / "metrics.jsonl", {"step": 0, **tested, "total_tokens": 0})
         state = {"first_accuracy": tested["test_accuracy"], "log_lines": 1, "tree_lines": 0}
     unit = "token" if run.token_budget else "step"
-    progress = tqdm(total=run.token_budget or run.steps, initial=so_far(), unit=unit, unit_scale=bool(run.token_budget), dynamic_ncols=True)
+    style = dict(unit=unit, unit_scale=bool(run.token_budget), dynamic_ncols=True, disable=rank() > 0)
+    progress = tqdm(total=run.token_budget or run.steps, initial=so_far(), **style)
     while not finished():
         count = 0 if sampling_ended() else trainer.sampler.batch_size
         metrics, batch = trainer.step(next_groups(train_problems, tokenizer, position, count, run.seed))
@@ -368,9 +415,14 @@ def budget_used(run: RunConfig, steps: int, tokens: int) -> bool:
     return steps >= run.steps or 0 < run.token_budget <= tokens
 
 
+def engine_seed(run: RunConfig) -> int:
+    """Engines must not all draw the same random numbers; the processes that hold one together must."""
+    return run.seed + rank() // run.tensor_parallel
+
+
 def build(run: RunConfig, method: MethodConfig, tokenizer, checkpoint: Path | None) -> AttnRL:
     """Model, reference, optimiser and engine. Weights come from the checkpoint, if there is one."""
-    torch.manual_seed(run.seed)
+    torch.manual_seed(engine_seed(run))
     if run.threads:
         torch.set_num_threads(run.threads)
     on_gpu = torch.cuda.is_available()
@@ -379,11 +431,13 @@ def build(run: RunConfig, method: MethodConfig, tokenizer, checkpoint: Path | No
     reference = load_model(run.model, autocast or torch.float32).requires_grad_(False) if method.kl_coef else None
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    for each in filter(None, (model, reference)):
+        shard(each)
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=run.weight_decay, fused=on_gpu)  # fused: no copy of the state
     longest = method.max_prompt_tokens + method.max_response_tokens
-    knobs = dict(max_tokens=longest, seed=run.seed, gpu_memory=run.gpu_memory, sleep_mode=run.engine_sleep)
-    engine = make_engine(run.engine, run.model, tokenizer, model, **knobs)
-    return AttnRL(method, model, reference, tokenizer, engine, optimizer, grade, run.seed, autocast)
+    knobs = dict(seed=engine_seed(run), gpu_memory=run.gpu_memory, sleep_mode=run.engine_sleep, tensor_parallel=run.tensor_parallel)
+    own = make_engine(run.engine, run.model, tokenizer, model if world_size() == 1 else None, max_tokens=longest, **knobs)
+    return AttnRL(method, model, reference, tokenizer, SharedEngine(own, run.tensor_parallel), optimizer, grade, run.seed, autocast)
 
 
 def prepare_output(out: Path, run: RunConfig, method: MethodConfig) -> tuple[Path | None, dict]:
@@ -410,14 +464,31 @@ def prepare_output(out: Path, run: RunConfig, method: MethodConfig) -> tuple[Pat
     return (found[-1] if found else None), state
 
 
+def join_processes() -> None:
+    """Meet the other processes of torchrun, each on a GPU of its own if there are any; only rank 0 prints."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    print(f"{world_size()} processes")
+
+
 def main() -> None:
+    if torch.distributed.is_torchelastic_launched():
+        join_processes()
     warnings.filterwarnings("ignore", message=".*use_reentrant.*")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         train(*parse_config(sys.argv[1:]))
     except (InputError, EngineMismatch) as error:
+        if rank() > 0:
+            time.sleep(5)  # if rank 0 failed alike, it has said so by then, and its end has ended this process
         sys.exit(f"error: {error}")
+    if world_size() > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

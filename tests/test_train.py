@@ -44,7 +44,7 @@ def everything(checkpoint):
     return (
         (checkpoint / "model.safetensors").read_bytes(),
         moments,
-        saved["rng"]["cpu"].tolist(),
+        saved["rng"][0]["cpu"].tolist(),
         json.loads((checkpoint / "state.json").read_text()),
     )
 
