@@ -219,3 +219,17 @@ def test_a_killed_and_resumed_run_learns(tmp_path):
     assert records[-1]["test_accuracy"] > records[0]["test_accuracy"] + 0.05
     for record in records[1:]:
         assert record["engine_gap_max"] < 1e-3 and record["engine_ratio"] == pytest.approx(1, abs=1e-3) and record["engine_ess"] > 0.999
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_two_processes_of_torchrun(tmp_path, tensor_parallel):
+    """An engine each, or one that both hold: sharded weights arrive whole in every engine (verify_sync), and updated ones, too."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TINY.parent / "train.py")]
+    command += ["--engine", "vllm", "--tensor_parallel", str(tensor_parallel), "--output_dir", str(tmp_path / "run"), "--steps", "2"]
+    command += "--batch_size 4 --min_batch_size 2 --max_batch_size 6 --group_size 3 --token_budget 0 --eval_problems 8".split()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 processes" in done.stdout and done.stderr.count("engine: vLLM") == 1
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["step"] == 2 and records[-1]["total_updates"] > 0
+    assert all(record["engine_gap_max"] < 1e-3 for record in records[1:])
