@@ -215,6 +215,7 @@ def serve_symbolic() -> None:
     import resource
     import signal
 
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to a whole job: the trainer may save first, and then closes the pipes
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default action ends the process, even inside C code
     with contextlib.suppress(ValueError, OSError):  # macOS refuses; the time limit still holds
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, resource.getrlimit(resource.RLIMIT_AS)[1]))

@@ -379,7 +379,7 @@ def train(run: RunConfig, method: MethodConfig, stop=lambda: False) -> None:
     except ValueError as error:
         raise InputError(error) from None
     size = sum(p.numel() for p in trainer.model.parameters())
-    check_room(out, run, 12 * size)  # bytes: fp32 weights and two moments of AdamW
+    once(lambda: check_room(out, run, 12 * size))  # bytes: fp32 weights and two moments of AdamW
     print(f"{run.algo}: {Path(run.model).name}, {size:,} parameters on {trainer.model.device}; {len(train_problems)} problems")
     if checkpoint:
         print(f"resuming from {checkpoint}")
