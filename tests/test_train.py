@@ -141,7 +141,7 @@ def refuse_to_load(*args):
         (["--output_dir", "{tmp}/column.jsonl/run"], "another --output_dir"),
         (["--max_skipped_updates", "0"], "max_skipped_updates"),
         (["--engine", "vllm"], "vllm"),
-        (["--engine_sleep", "true"], "no CUDA device"),
+        (["--engine_sleep", "true"], "no vLLM on a CUDA device"),
         (["--top_p", "0.9", "--old_logps", "engine"], "top_p=1"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
