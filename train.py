@@ -535,6 +535,14 @@ def join_processes() -> None:
     print(f"{world_size()} processes")
 
 
+def last_words(message: str) -> None:
+    """Exit with one sentence. If all processes fail alike, rank 0 says it, and its end ends the others before they speak."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if rank() > 0:
+        time.sleep(5)
+    sys.exit(message)
+
+
 def main() -> None:
     if torch.distributed.is_torchelastic_launched():
         join_processes()
@@ -547,9 +555,7 @@ def main() -> None:
         run, method = parse_config(sys.argv[1:])
         train(run, method, told.is_set)
     except (InputError, EngineMismatch) as error:
-        if rank() > 0:
-            time.sleep(5)  # if rank 0 failed alike, it has said so by then, and its end has ended this process
-        sys.exit(f"error: {error}")
+        last_words(f"error: {error}")
     except (RuntimeError, OSError) as error:  # what breaks at work: engine, grader, memory, disk; anything else is a bug
         out = Path(run.output_dir)
         reason = " ".join(str(error).split())
@@ -557,11 +563,9 @@ def main() -> None:
             reason = f"{type(error).__name__}: {reason}, see {out}/traceback.txt"
             with contextlib.suppress(OSError):
                 (out / "traceback.txt").write_text(traceback.format_exc())
-        if rank() > 0:
-            time.sleep(5)
         found = checkpoints(out)
         print(file=sys.stderr)  # below the progress bar
-        sys.exit(f"stopped: {reason}; the same command {f'resumes from {found[-1]}' if found else 'starts the run again'}")
+        last_words(f"stopped: {reason}; the same command {f'resumes from {found[-1]}' if found else 'starts the run again'}")
     if world_size() > 1:
         torch.distributed.destroy_process_group()
 

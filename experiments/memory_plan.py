@@ -132,8 +132,8 @@ def logits_backward(s: Shape, chunk: int, autocast: bool) -> int:
 
 
 def fci(s: Shape, tokens: int) -> int:
-    """Of one layer, with up to d steps: the attention of every head to the steps, from the kernel and in fp32, and masks of later steps."""
-    return FP32 * (2 * s.heads + 2) * s.head_dim * tokens
+    """Of one layer: attention to up to d steps of the heads that share a key, twice (from the kernel and in fp32), and masks of later steps."""
+    return FP32 * (2 * s.heads // s.kv_heads + 2) * s.head_dim * tokens
 
 
 def kv_token(s: Shape, bytes_each: int = BF16) -> int:
