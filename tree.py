@@ -26,6 +26,15 @@ import numpy as np
 REFERENCE_LENGTH = 8192  # response length at which `gap` is meant as given; shorter responses scale it down
 
 
+def candidates(fci: np.ndarray, quantile: float) -> np.ndarray:
+    """Steps that ATB may branch at (Eq. 7), ascending: those in the top `quantile` by FCI, none where it is 0.
+
+    >>> candidates(np.array([0, 1, 5, 2, 9.0]), 0.4)
+    array([2, 4])
+    """
+    return np.flatnonzero((fci >= np.quantile(fci, 1 - quantile)) & (fci > 0))  # Eq. 7
+
+
 def branch_points(
     rule: str, starts: list[int], fci: np.ndarray, entropies: np.ndarray, n: int, quantile: float, gap: int, rng: np.random.Generator
 ) -> list[int]:
@@ -45,9 +54,7 @@ def branch_points(
         return sorted(tokens.tolist())
     steps = np.arange(1, len(starts))  # never the first step
     if rule == "fci":
-        threshold = np.quantile(fci, 1 - quantile)
-        candidates = [k for k in steps if fci[k] >= threshold and fci[k] > 0]  # Eq. 7
-        order = [*candidates, *steps]  # the earliest candidates, then the earliest steps
+        order = [*(k for k in candidates(fci, quantile) if k > 0), *steps]  # the earliest candidates, then the earliest steps
     elif rule == "random":
         order = rng.permutation(steps)
     elif rule == "earliest":

@@ -24,6 +24,7 @@ from transformers import Qwen2Config, Qwen2Model
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from experiments.bench_logits import resident  # noqa: E402
 from fci import FCI, step_ids_of  # noqa: E402
 
 SHAPE = dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2)
@@ -88,8 +89,7 @@ def memory(name: str) -> float:
     """MB of this process: VmRSS, now, or VmHWM, at most since `reset_peak`."""
     if DEVICE == "cuda":
         return (torch.cuda.max_memory_allocated() if name == "VmHWM" else torch.cuda.memory_allocated()) / 1e6
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
-    return int(line.split()[1]) * 1024 / 1e6
+    return resident(name) / 1e6
 
 
 def reset_peak() -> None:

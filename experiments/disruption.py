@@ -30,6 +30,7 @@ from attnrl import AttnRL, Group, MethodConfig, pack  # noqa: E402
 from eval import grade, load_problems  # noqa: E402
 from fci import count_scored_steps  # noqa: E402
 from sampler import TorchEngine, load_model, load_tokenizer, prompt_ids  # noqa: E402
+from tree import candidates  # noqa: E402
 
 CLASSES = ["FCI top 20 %", "FCI other 80 %", "entropy top 20 %"]
 BINS = 5
@@ -75,9 +76,9 @@ def classes_of(fci: np.ndarray, entropies: np.ndarray, steps: list[tuple[int, in
     if len(scored) < 2:
         return {}
     entropy = np.array([entropies[a:b].mean() for a, b in steps])
-    high = (fci[scored] >= np.quantile(fci[scored], 1 - quantile)) & (fci[scored] > 0)
+    top = candidates(fci[scored], quantile)
     uncertain = entropy[scored] >= np.quantile(entropy[scored], 1 - quantile)
-    return dict(zip(CLASSES, (scored[high], scored[~high], scored[uncertain])))
+    return dict(zip(CLASSES, (scored[top], np.delete(scored, top), scored[uncertain])))
 
 
 def mean_with_interval(problems: list[int], values: list[float]) -> tuple[float, float]:

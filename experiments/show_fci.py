@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from attnrl import MethodConfig  # noqa: E402
 from fci import FCI, check_model, count_scored_steps, fci_scores, split_steps, step_ids_of, token_logps  # noqa: E402
 from sampler import Request, TorchEngine, context_length, load_model, load_tokenizer, prompt_ids  # noqa: E402
-from tree import branch_points  # noqa: E402
+from tree import branch_points, candidates  # noqa: E402
 
 COLUMNS = 80
 BAR = 16  # columns of the longest bar
@@ -55,7 +55,7 @@ def score(model, tokenizer, prompt: list[int], response: list[int], cfg: MethodC
     points = branch_points(
         "fci", starts, fci, entropies.cpu().numpy(), cfg.n_branch_points, cfg.branch_quantile, cfg.min_branch_gap, np.random.default_rng(0)
     )
-    top = np.flatnonzero((fci >= np.quantile(fci, 1 - cfg.branch_quantile)) & (fci > 0)).tolist()
+    top = candidates(fci, cfg.branch_quantile).tolist()
     return Scored([tokenizer.decode(response[a:b]) for a, b in steps], starts, fci, top, [starts.index(p) for p in points])
 
 

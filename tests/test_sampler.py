@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import check_budgets
 
 from sampler import (
     VLLM_VERSION,
@@ -238,15 +239,7 @@ def test_sampling_frequencies(engine, model, prompts):
 
 
 def test_budgets_and_finish_reasons(engine, prompts):
-    """Each row keeps its own budget: its response is the full one cut there; the end-of-sequence token counts and is kept."""
-    full = engine.generate([Request(prompts[0], 120)], temperature=0)[0].ids
-    budgets = [1, 2, len(full) - 1, len(full), len(full) + 1, 120]
-    responses = engine.generate([Request(prompts[0], b) for b in budgets], temperature=0)
-    for budget, response in zip(budgets, responses, strict=True):
-        assert response.ids == full[:budget] and len(response.logps) == len(response.ids)
-        assert response.finish_reason == ("length" if budget < len(full) else "stop")
-        assert (response.ids[-1] in engine.eos_ids) == (response.finish_reason == "stop")
-    assert engine.generate([]) == []
+    check_budgets(engine, prompts[0])
 
 
 def test_no_forward_pass_after_the_last_token(engine, model, prompts):

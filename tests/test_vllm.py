@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, check_budgets
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 if importlib.util.find_spec("vllm") is None:  # imported only by the first test that needs it: other tests run without it
@@ -102,16 +102,9 @@ def test_log_probs_are_of_the_sampled_distribution(synced, prompts, temperature)
 
 
 def test_budgets_and_finish_reasons(prompts):
-    """One call, a budget a request; the end-of-sequence token counts and is kept."""
     engine = start(TINY)
     engine.load(load_model(str(TINY)))
-    full = engine.generate([Request(prompts[0], 120)], temperature=0)[0].ids
-    budgets = [1, 2, len(full) - 1, len(full), len(full) + 1, 120]
-    responses = engine.generate([Request(prompts[0], b) for b in budgets], temperature=0)
-    for budget, response in zip(budgets, responses, strict=True):
-        assert response.ids == full[:budget] and len(response.logps) == len(response.ids)
-        assert response.finish_reason == ("length" if budget < len(full) else "stop")
-    assert engine.generate([]) == []
+    check_budgets(engine, prompts[0])
 
 
 def test_the_seed_repeats(prompts):
