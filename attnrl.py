@@ -1,513 +1,335 @@
 """One training step of AttnRL, and its loss: the method composed from fci.py, tree.py and sampler.py.
 
-    prompts of batch m+1 ─┐
-                          ├─ generate (one call) ─ grade ─┬─ initial responses m+1 ─ score (logps, entropies, FCI) ─ plan m+1
-    plan of batch m ──────┘                               └─ continuations m ─ tree ─ advantages ─ drop zeros ─ update ─ push
+    new problems ──────┐
+                       ├─ 1 generate ─ 2 grade ─ 3 score ─┬─ new: 4 plan ──────────────────▶ the next step
+    batch that is due ─┘  (one call)                      └─ due: 5 advantages ─ 6 update ─ 7 resize
 
-One-step off-policy (Fig. 5): a step trains on batch m and, in the same generation call, samples the initial responses of batch
-m+1. With `off_policy=False` batch m is sampled, planned and branched inside its own step, which takes two calls.
+One-step off-policy (Fig. 5): a step trains on the batch that is due and, in the same generation call,
+samples the initial responses of the next one. With `off_policy=False` the seven are run twice per step:
+with the new problems and nothing due, then with nothing new and the same problems due.
 
-    J = 1/N sum over tokens of min(r A, clip(r, 1 - low, 1 + high) A) - kl_coef * KL(policy || reference)              (Eq. 1)
+    J = 1/N sum over tokens of min(r A, clip(r, 1 - low, 1 + high) A) - kl_coef KL(policy || ref)      (Eq. 1)
 
-N counts the response tokens of a minibatch, r is the ratio to the policy that sampled the token, A the advantage of tree.py.
-That policy is the trainer's, by log-probabilities recomputed in scoring; what the engine's own ones are for: `old_logps`, `mismatch`.
+N counts the response tokens of a minibatch, r is the ratio to the policy that sampled the token (by the
+log-probs of scoring, not the engine's), A the advantage of tree.py.
 
-What is not here: critic, reward model, entropy bonus, length penalty, learning-rate schedule. The authors train several minibatches per
-step on data laid out by verl; here a minibatch is a list of problems and its gradient does not depend on how it is packed.
+Three machines do the heavy work; nothing here depends on how, and a few lines can replace each:
+
+    engine    generate(requests, temperature, top_p) -> responses; load(model), sleep(), close()
+    learner   score(sequences, with_entropy) -> scores; update(sequences, loss, divisors) -> report; model
+    grader    grade(texts, answers) -> list of bool
+
+What is not here: critic, reward model, entropy bonus, length penalty, learning-rate schedule.
 """
 
-import contextlib
-import functools
 import math
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from typing import Literal
 
 import numpy as np
 import torch
 from transformers.hf_argparser import HfArg
 
-from fci import FCI, PADDING, check_model, collate, count_scored_steps, fci_scores, split_steps, step_ids_of, token_logps
-from sampler import (
-    AdaptiveSampler,
-    Request,
-    check_gap,
-    choose_responses,
-    expansion,
-    mismatch,
-    rank,
-    shared_out,
-    shares,
-    union,
-    whole,
-    world_size,
-)
-from tree import Leaf, branch_points, group_advantages, tree_advantages
-
-GRADING_THREADS = 4
+from fci import count_scored_steps, fci_of_response, split_steps, step_ids_of
+from plumbing.agreement import check_gap
+from plumbing.nouns import Request, Score, Sequence
+from plumbing.settings import check_signs, refuse_if
+from sampler import AdaptiveSampler, choose_responses, expansion
+from tree import RULES, Leaf, Measured, branch_points, group_advantages, tree_advantages
 
 
 @dataclass
 class MethodConfig:
-    """The method's constants; defaults are the paper's (SPEC: 1.5B, 8k responses)."""
+    """The method's constants. Defaults are the paper's for the 1.5B model and responses of 8k tokens."""
 
     # sampling
-    batch_size: int = HfArg(default=64, help="prompts a step; where adaptive_batch starts")
-    group_size: int = HfArg(default=6, help="G, initial responses a prompt")
-    max_prompt_tokens: int = HfArg(default=1024, help="longest prompt; longer ones are refused before training")
+    batch_size: int = HfArg(default=64, help="problems per step; where adaptive_batch starts")
+    group_size: int = HfArg(default=6, help="G, initial responses per problem")
+    max_prompt_tokens: int = HfArg(default=1024, help="longest prompt")
     max_response_tokens: int = HfArg(default=8192, help="budget of a response, its prefix included")
-    temperature: float = HfArg(default=1.0, help="of sampling, and of the log-probabilities trained on")
-    top_p: float = HfArg(default=1.0, help="nucleus of sampling; 1 is the whole distribution, as in the paper; there is no top-k")
-    off_policy: bool = HfArg(default=True, help="one-step off-policy: one generation call a step instead of two")
+    temperature: float = HfArg(default=1.0, help="of sampling, and of the log-probs trained on")
+    top_p: float = HfArg(default=1.0, help="nucleus of sampling; 1: the whole distribution; no top-k")
+    off_policy: bool = HfArg(default=True, help="one-step off-policy: one generation call per step, not two")
     # branching
-    branching: Literal["fci", "entropy", "random", "earliest", "none"] = HfArg(default="fci", help="where to branch (Eq. 7)")
-    n_branch_points: int = HfArg(default=2, help="N, branch points a response")
-    n_continuations: int = HfArg(default=2, help="T, continuations a branch point")
+    branching: str = HfArg(default="fci", help=f"where to branch (Eq. 7): {', '.join(RULES)} or none")
+    n_branch_points: int = HfArg(default=2, help="N, branch points per response")
+    n_continuations: int = HfArg(default=2, help="T, continuations per branch point")
     branch_quantile: float = HfArg(default=0.2, help="rho, share of steps that are candidates")
-    min_branch_gap: int = HfArg(default=512, help="tokens between branch points in a response of 8192 tokens; in proportion in others")
+    min_branch_gap: int = HfArg(default=512, help="tokens between branch points, per 8192 tokens of response")
     fci_delta: int = HfArg(default=4, help="Delta of Eq. 5, steps")
     # adaptive sampling
-    expansion: Literal["adaptive", "uniform"] = HfArg(default="adaptive", help="branch more responses of harder problems (Eq. 9), or all")
-    fci_filter: Literal["easy", "all", "none"] = HfArg(
-        default="easy", help="which problems must exceed the mean FCI to be branched (Eq. 8)"
-    )
+    expansion: Literal["adaptive", "uniform"] = HfArg(default="adaptive", help="Eq. 9, or branch all")
+    fci_filter: Literal["easy", "all", "none"] = HfArg(default="easy", help="problems that must pass Eq. 8")
     adaptive_batch: bool = HfArg(default=True, help="resize the batch to the target (Eq. 10)")
-    target_sequences: int = HfArg(default=1920, help="B', training sequences with non-zero advantage wanted a step")
+    target_sequences: int = HfArg(default=1920, help="B', sequences with non-zero advantage wanted per step")
     batch_decay: float = HfArg(default=0.9, help="lambda of Eq. 10")
-    min_batch_size: int = HfArg(default=16, help="bounds of Eq. 10, prompts")
-    max_batch_size: int = HfArg(default=256, help="bounds of Eq. 10, prompts")
+    min_batch_size: int = HfArg(default=16, help="bounds of Eq. 10, problems")
+    max_batch_size: int = HfArg(default=256, help="bounds of Eq. 10, problems")
     # loss
     advantage: Literal["tree", "group"] = HfArg(default="tree", help="Eq. 3, or GRPO's (R - mean) / std")
-    minibatch_prompts: int = HfArg(default=32, help="problems with non-zero advantage an optimiser step")
+    minibatch_prompts: int = HfArg(default=32, help="problems with non-zero advantage per optimiser step")
     clip_low: float = HfArg(default=0.2, help="the ratio is clipped below 1 - clip_low")
     clip_high: float = HfArg(default=0.28, help="and above 1 + clip_high")
-    kl_coef: float = HfArg(default=0.001, help="weight of the KL to the frozen initial model; 0 drops the reference model")
+    kl_coef: float = HfArg(default=0.001, help="weight of the KL to the initial model; 0: no reference model")
     grad_clip: float = HfArg(default=1.0, help="largest gradient norm")
-    max_skipped_updates: int = HfArg(
-        default=3, help="updates without a finite loss and gradient are skipped; so many in a row stop the run"
-    )
-    # the engine: it has a copy of the weights and kernels of its own
+    # the engine has a copy of the weights and kernels of its own
     old_logps: Literal["recompute", "engine"] = HfArg(
-        default="recompute", help="the sampling policy: the trainer's log-probs, or the engine's by truncated importance weights"
+        default="recompute", help="whose log-probs are the sampling policy's; engine: by importance weights"
     )
     max_importance: float = HfArg(default=2.0, help="where the weights of old_logps=engine are cut off")
-    # in bf16 rounding alone makes 0.01 to 0.05 nats; a tensor of tiny/ that did not arrive makes 0.9 and more (verify_sync)
-    max_engine_gap: float = HfArg(default=0.2, help="mean |log-prob of trainer - engine| a token, nats, above which the run stops")
-    # memory knobs: they never change a result
-    microbatch_tokens: int = HfArg(default=16384, help="rows x longest sequence of one forward pass")
-    logit_chunk: int = HfArg(default=512, help="tokens whose logits exist at once")
+    max_engine_gap: float = HfArg(
+        default=0.2, help="mean |log-prob of trainer - engine| per token, nats, above which a run stops"
+    )
 
     def check(self) -> None:
         """Raises ValueError in one sentence where fields contradict each other."""
-        check_signs(self, may_be_zero={"min_branch_gap", "fci_delta", "batch_decay", "clip_low", "clip_high", "kl_coef"})
-        if self.group_size < 2:
-            raise ValueError(f"group_size must be at least 2, got {self.group_size}: one response has nothing to be compared with")
-        if max(self.branch_quantile, self.batch_decay, self.top_p) > 1:
-            raise ValueError("branch_quantile, batch_decay and top_p must not exceed 1")
-        if self.old_logps == "engine" and self.top_p < 1:
-            raise ValueError(
-                f"old_logps=engine weights tokens by P(trainer) / P(engine), but top_p={self.top_p} makes P(engine) zero on tokens that "
-                "the trainer allows, which no weight corrects: use top_p=1, or old_logps=recompute"
-            )
-        if self.branching == "none" and self.fci_filter != "none":
-            raise ValueError("fci_filter chooses which problems to branch, so branching=none needs fci_filter=none")
-        if self.adaptive_batch and not self.min_batch_size <= self.batch_size <= self.max_batch_size:
-            bounds = f"[{self.min_batch_size}, {self.max_batch_size}]"
-            raise ValueError(f"batch_size {self.batch_size} must lie in [min_batch_size, max_batch_size] = {bounds}")
+        zero_is_fine = "min_branch_gap fci_delta batch_decay clip_low clip_high kl_coef"
+        check_signs(self, may_be_zero=set(zero_is_fine.split()))
+        rules, sizes = [*RULES, "none"], (self.min_batch_size, self.batch_size, self.max_batch_size)
+        shares = self.branch_quantile, self.batch_decay, self.top_p
+        refuse_if(self.branching not in rules, f"branching must be one of {rules}, got {self.branching!r}")
+        alone = "one response has nothing to be compared with"
+        refuse_if(self.group_size < 2, f"group_size must be at least 2, got {self.group_size}: {alone}")
+        refuse_if(max(shares) > 1, f"branch_quantile, batch_decay and top_p must not exceed 1, got {shares}")
+        cannot = f"top_p={self.top_p} makes P(engine) zero on some tokens, which no weight corrects"
+        remedy = "use top_p=1, or old_logps=recompute"
+        refuse_if(self.old_logps == "engine" and self.top_p < 1, f"old_logps=engine: {cannot}; {remedy}")
+        needed = "fci_filter chooses which problems to branch, so branching=none needs fci_filter=none"
+        refuse_if(self.branching == "none" and self.fci_filter != "none", needed)
+        order = f"min_batch_size <= batch_size <= max_batch_size must hold, got {sizes}"
+        refuse_if(self.adaptive_batch and list(sizes) != sorted(sizes), order)
 
 
-def check_signs(config, may_be_zero: set[str]) -> None:
-    """Raises ValueError if a number of a config is negative, infinite, or zero without being in `may_be_zero`."""
-    for name, value in vars(config).items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value) or value < 0 or (value == 0 and name not in may_be_zero):
-                raise ValueError(f"{name} must be {'at least' if name in may_be_zero else 'above'} 0, got {value}")
-
-
-class NonFiniteUpdates(RuntimeError):
-    """Too many updates in a row had no finite loss and gradient; args: a sentence, and the groups of the last one."""
-
-
-# --- What is trained on -----------------------------------------------------------------------------------------------
+# --- What is trained on -----------------------------------------------------------------------------------
 
 
 @dataclass
 class Rollout:
-    """A response of one problem: an initial one, or the prefix of one and a continuation."""
+    """A response of L tokens and T steps: an initial one, or the prefix of one and a continuation."""
 
     family: int  # the initial response it descends from
-    start: int  # first token of its own; 0 for an initial response
-    ids: list[int]  # response tokens, prefix included
-    engine_logps: list[float]  # of all tokens, as the engine reported them
-    finished: bool  # ended by itself, within its budget
-    reward: float = 0.0
-    logps: list[float] = field(default_factory=list)  # of all tokens, under the policies that sampled them
-    fci: list[float] = field(default_factory=list)  # of its steps; initial responses only
-    advantages: list[float] = field(default_factory=list)  # of all tokens
+    start: int = 0  # first token of its own; 0 for an initial response
+    ids: list[int] = field(default_factory=list)  # (L,), prefix included
+    engine_logps: list[float] = field(default_factory=list)  # (L,), as the engine reported them
+    logps: list[float] = field(default_factory=list)  # (L,), under the policies that sampled the tokens
+    finished: bool = False  # ended by itself, within its budget
+    reward: float = 0.0  # correctness, 0 or 1
+    advantages: list[float] = field(default_factory=list)  # (L,)
+    steps: list[tuple[int, int]] = field(default_factory=list)  # (T,) token spans
+    step_texts: list[str] = field(default_factory=list)  # (T,)
+    n_scored: int = 0  # leading steps before the one with the last `</think>`
+    entropies: list[float] = field(default_factory=list)  # (L,), nats; of initial responses only
+    fci: list[float] = field(default_factory=list)  # (T,); of initial responses only, where it is used
+
+    def prefix(self, end: int) -> "Rollout":
+        """A continuation before it is sampled: the first `end` tokens, with their log-probs."""
+        return Rollout(self.family, end, self.ids[:end], self.engine_logps[:end], self.logps[:end])
+
+    def set_steps(self, token_texts: list[str]) -> None:
+        self.steps = split_steps(token_texts)
+        self.step_texts = ["".join(token_texts[start:end]) for start, end in self.steps]
+        self.n_scored = count_scored_steps(token_texts, self.steps)
+
+    def gaps(self) -> np.ndarray:
+        """Log-prob of the trainer - log-prob of the engine, of the tokens of its own."""
+        return np.array(self.logps[self.start :]) - np.array(self.engine_logps[self.start :])
+
+    def measured(self) -> Measured:
+        """What branching rules see of an initial response."""
+        starts = [start for start, _ in self.steps]
+        fci, entropies = np.array(self.fci), np.array(self.entropies)
+        return Measured(self.step_texts, starts, fci, entropies, self.reward, self.n_scored)
+
+    def for_loss(self) -> dict[str, list[float]]:
+        """Arguments of `policy_loss`, (L,) each."""
+        return {"old_logps": self.logps, "engine_logps": self.engine_logps, "advantages": self.advantages}
 
 
 @dataclass
-class Group:
-    """A problem on its way through a step: its rollouts (the initial ones first) and where it will be branched."""
+class Problem:
+    """A problem on its way through a step."""
 
-    problem: str
+    text: str
     answers: list[str]
     prompt_ids: list[int]
-    rollouts: list[Rollout] = field(default_factory=list)
-    fci: float | None = None  # mean over responses of the mean over their steps
+    rollouts: list[Rollout] = field(default_factory=list)  # the initial ones first
+    fci: float | None = None  # mean over the initial responses of the mean FCI of their steps
     kept: bool = True  # passed the filter of Eq. 8
-    branches: list[tuple[int, int]] = field(default_factory=list)  # (family, branch point)
+    branches: list[tuple[int, int]] = field(default_factory=list)  # where to sample again: (family, token)
 
-    def initial_rewards(self) -> list[float]:
-        return [r.reward for r in self.rollouts if r.start == 0]
-
-    def leaves(self) -> list[Leaf]:
-        return [Leaf(r.family, r.start, len(r.ids), r.reward) for r in self.rollouts]
+    def initial(self) -> list[Rollout]:
+        return [r for r in self.rollouts if r.start == 0]
 
     def mixed(self) -> bool:
         """Neither all right nor all wrong: only such problems have non-zero advantages."""
         return len({r.reward for r in self.rollouts}) > 1
 
 
-# --- Loss (Eq. 1) -----------------------------------------------------------------------------------------------------
+# --- Loss (Eq. 1) -----------------------------------------------------------------------------------------
 
 
-def policy_loss(logps, old_logps, ref_logps, advantages, clip_low: float, clip_high: float, kl_coef: float):
-    """Loss of every token (Eq. 1, negated): sum it over a minibatch and divide by the minibatch's number of tokens.
+def policy_loss(logps, ref_logps, old_logps, engine_logps, advantages, cfg: MethodConfig):
+    """Loss of each token (Eq. 1, negated), to be summed over a minibatch and divided by N.
 
-    All arguments (N,), fp32. ref_logps may be None when kl_coef is 0. Returns (loss (N,), clipped (N,) bool, kl (N,)).
+    All tensors (N,), fp32; ref_logps may be None when kl_coef is 0. Returns the loss, and to be logged
+    "clipped" and "kl", (N,) each.
     """
+    if cfg.old_logps == "engine":  # truncated importance weights, which are positive and move into the min
+        advantages = advantages * (old_logps - engine_logps).exp().clamp(max=cfg.max_importance)
     ratio = (logps - old_logps).exp()
     gain = ratio * advantages
-    clipped_gain = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    clipped_gain = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * advantages
     loss = -torch.minimum(gain, clipped_gain)  # Eq. 1, first term
     kl = torch.zeros_like(loss)
-    if kl_coef:
+    if cfg.kl_coef:
         r = ref_logps - logps
         kl = r.exp() - r - 1  # k3 estimator of KL(policy || reference)
-        loss = loss + kl_coef * kl
-    return loss, clipped_gain < gain, kl.detach()
+        loss = loss + cfg.kl_coef * kl
+    return loss, {"clipped": clipped_gain < gain, "kl": kl.detach()}
 
 
-# --- Helpers ----------------------------------------------------------------------------------------------------------
-
-
-def pack(sequences: list[tuple[list[int], list[int]]], budget: int) -> Iterator[list[int]]:
-    """Indices of (prompt, response) pairs in batches of similar length: rows x longest <= budget, one row at least."""
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]) - len(sequences[i][1]))
-    while order:
-        rows = max(1, budget // (len(sequences[order[0]][0]) + len(sequences[order[0]][1])))
-        yield order[:rows]
-        order = order[rows:]
-
-
-def microbatches(sequences: list[tuple[list[int], list[int]]], budget: int) -> Iterator[tuple[list[int], bool]]:
-    """(indices of a batch, True) for what this process runs of (prompt, response) pairs, all of them if it is the only one.
-
-    Processes gather sharded weights together, so all make equally many passes: (indices, False) is one that counts for nothing.
-    """
-    costs = [len(prompt) + len(response) for prompt, response in sequences]
-    batches = [[[own[i] for i in rows] for rows in pack([sequences[i] for i in own], budget)] for own in shares(costs, world_size())]
-    missing = max(map(len, batches)) - len(batches[rank()])
-    yield from ((rows, True) for rows in batches[rank()])
-    yield from (([costs.index(min(costs))], False) for _ in range(missing))
-
-
-def timed(method):
-    """Adds the wall-clock seconds of a method to `self.seconds`, under time_NAME."""
-
-    @functools.wraps(method)
-    def wrapper(self, *args, **kwargs):
-        started = time.perf_counter()
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            self.seconds[f"time_{method.__name__}"] += time.perf_counter() - started
-
-    return wrapper
-
-
-# --- The step ---------------------------------------------------------------------------------------------------------
+# --- The step ---------------------------------------------------------------------------------------------
 
 
 class AttnRL:
-    """Trains `model` in place, a step a call.
+    """Trains `learner.model`, one step per call. decode(token ids) -> text."""
 
-    reward_fn(response text, answers) -> bool, called from several threads. reference: frozen copy of the initial model, or
-    None when kl_coef is 0.
-    autocast: dtype of forward passes, or None for that of the weights.
-    """
-
-    def __init__(
-        self, cfg: MethodConfig, model, reference, tokenizer, engine, optimizer,
-        reward_fn: Callable[[str, list[str]], bool], seed: int = 0, autocast: torch.dtype | None = None,
-    ):  # fmt: skip
+    def __init__(self, cfg: MethodConfig, engine, learner, grader, decode, seed: int = 0):
         cfg.check()
-        check_model(model)
-        self.cfg, self.model, self.reference, self.tokenizer = cfg, model, reference, tokenizer
-        self.engine, self.optimizer, self.reward_fn = engine, optimizer, reward_fn
+        self.cfg, self.engine, self.learner, self.grader, self.decode = cfg, engine, learner, grader, decode
+        self.token_text = cache(lambda token_id: decode([token_id]))
         self.sampler = AdaptiveSampler(cfg.batch_size)
         self.rng = np.random.default_rng(seed)
-        self.pending: list[Group] = []  # sampled and planned, not yet branched
-        self.autocast_dtype = autocast
-        self.text_of = functools.cache(lambda token_id: tokenizer.decode([token_id]))
-        self.seconds: dict[str, float] = defaultdict(float)  # of the current step
-        self.gaps: list[np.ndarray] = []  # of the current step, a response each: log-prob here - log-prob of the engine
-        self.totals = {"problems": 0, "updates": 0, "tokens": 0}
-        self.skipped_in_a_row = 0  # updates, across steps and checkpoints
+        self.pending: list[Problem] = []  # sampled and planned, not yet branched
 
-    def step(self, groups: list[Group]) -> tuple[dict, list[Group]]:
-        """Sample `groups`, train on the batch that is due, return (metrics, that batch).
+    def step(self, new: list[Problem], clock) -> tuple[list[Problem], list[dict[str, float]]]:
+        """Sample `new`, train on the batch that is due; return it, and the learner's report of each update.
 
-        Off-policy the batch due is that of the last call: empty in the first one, and the last call gets no groups.
+        Off-policy, due is what the last call sampled: nothing in the first call. `with clock(name)` times a
+        part.
         """
-        cfg, started = self.cfg, time.perf_counter()
-        self.seconds.clear()
-        self.gaps.clear()
+        cfg, updates = self.cfg, []
         if cfg.off_policy:
-            batch, self.pending = self.pending, groups
-            self.grade(self.generate([*initial_jobs(groups, cfg), *branch_jobs(batch, cfg)]))
-            sampling = self.plan(groups)
+            passes, self.pending = [(new, self.pending)], new
         else:
-            batch = groups
-            self.grade(self.generate(initial_jobs(groups, cfg)))
-            sampling = self.plan(groups)
-            self.grade(self.generate(branch_jobs(groups, cfg)))
-        self.score([(g, r) for g in batch for r in g.rollouts if r.start > 0])
-        drift = mismatch(self.gaps)
-        if drift:  # under top-p the engine's log-probs are renormalised: larger by up to -log(top_p)
-            check_gap(drift["engine_gap_mean"], cfg.max_engine_gap - math.log(cfg.top_p), "on the tokens sampled in this step")
+            passes = [(new, []), ([], new)]
+        for new, due in passes:
+            with clock("generate"):  # 1. initial responses of the new problems, continuations of those due
+                fresh = self.generate(new, due)
+            with clock("grade"):  # 2. right or wrong
+                rewards = self.grade(fresh)
+            with clock("score"):  # 3. log-probs; of initial responses entropies and FCI (Eq. 4-6)
+                scores = self.score(fresh)
+            self.record(fresh, rewards, scores)
+            for problem in new:  # 4. where the next step will branch (Eq. 7-9)
+                self.plan(problem)
+            useful = [problem for problem in due if problem.mixed()]
+            for problem in useful:  # 5. the tree (Eq. 2, 3)
+                self.set_advantages(problem)
+            if useful:  # 6. the loss (Eq. 1)
+                self.engine.sleep()
+                with clock("update"):
+                    updates += self.update(useful)
+                with clock("push"):
+                    self.engine.load(self.learner.model)
+            if due and cfg.adaptive_batch:  # 7. the size of the next batch (Eq. 10)
+                n_useful = sum(any(r.advantages) for problem in due for r in problem.rollouts)
+                bounds = cfg.min_batch_size, cfg.max_batch_size
+                self.sampler.resize(cfg.target_sequences, n_useful, cfg.batch_decay, *bounds)
+        return due, updates
 
-        useful, training = self.assign_advantages(batch), {}
-        if useful:
-            self.engine.sleep()  # with engine_sleep its GPU memory is the update's; `push` wakes it
-            training = self.update(useful)
-            self.push()
-        trained = batch_metrics(batch, useful)
-        if cfg.adaptive_batch and batch:
-            n_useful = trained["valid_sequences"]
-            self.sampler.resize(cfg.target_sequences, n_useful, cfg.batch_decay, cfg.min_batch_size, cfg.max_batch_size)
-
-        self.totals["problems"] += len(groups)
-        metrics = {"next_batch_size": self.sampler.batch_size} | drift | sampling | trained | training
-        metrics |= {**self.seconds, "time_step": time.perf_counter() - started}
-        return metrics | {f"total_{name}": count for name, count in self.totals.items()}, batch
-
-    # -- 1. generate and grade
-
-    @timed
-    def generate(self, jobs: list[tuple[Group, int, int]]) -> list[tuple[Group, Rollout]]:
-        """One generation call. A job is (group, family, start): sample on from token `start` of that initial response."""
-        if not jobs:
+    def generate(self, new: list[Problem], due: list[Problem]) -> list[tuple[Problem, Rollout]]:
+        """One call: G initial responses per new problem, T continuations per branch point of those due."""
+        cfg = self.cfg
+        fresh = [(problem, Rollout(family)) for problem in new for family in range(cfg.group_size)]
+        for problem in due:
+            for family, point in problem.branches:
+                prefix = problem.rollouts[family].prefix
+                fresh += [(problem, prefix(point)) for _ in range(cfg.n_continuations)]
+        requests = [Request(p.prompt_ids + r.ids, cfg.max_response_tokens - len(r.ids)) for p, r in fresh]
+        if not requests:
             return []
-        prefixes = [group.rollouts[family].ids[:start] if start else [] for group, family, start in jobs]
-        requests = [Request(g.prompt_ids + prefix, self.cfg.max_response_tokens - len(prefix)) for (g, _, _), prefix in zip(jobs, prefixes)]
-        with self.autocast():
-            responses = self.engine.generate(requests, temperature=self.cfg.temperature, top_p=self.cfg.top_p)
-        fresh = []
-        for (group, family, start), prefix, response in zip(jobs, prefixes, responses):
-            logps = (group.rollouts[family].engine_logps[:start] if start else []) + response.logps
-            rollout = Rollout(family, start, prefix + response.ids, logps, response.finish_reason == "stop")
-            group.rollouts.append(rollout)
-            fresh.append((group, rollout))
-            self.totals["tokens"] += len(response.ids)
+        responses = self.engine.generate(requests, temperature=cfg.temperature, top_p=cfg.top_p)
+        for (_, rollout), response in zip(fresh, responses):
+            rollout.ids += response.ids
+            rollout.engine_logps += response.logps
+            rollout.finished = response.finish_reason == "stop"
+            rollout.set_steps([self.token_text(token_id) for token_id in rollout.ids])
         return fresh
 
-    @timed
-    def grade(self, fresh: list[tuple[Group, Rollout]]) -> None:
-        def rewards(own: list[tuple[Group, Rollout]]) -> list[float]:
-            texts = [self.tokenizer.decode(rollout.ids) for _, rollout in own]
-            with ThreadPoolExecutor(GRADING_THREADS) as pool:  # an answer that takes long does not hold up the others
-                return [float(r) for r in pool.map(self.reward_fn, texts, [group.answers for group, _ in own])]
+    def grade(self, fresh: list[tuple[Problem, Rollout]]) -> list[bool]:
+        """Whether each response is right."""
+        texts = [self.decode(rollout.ids) for _, rollout in fresh]
+        return self.grader.grade(texts, [problem.answers for problem, _ in fresh])
 
-        for (_, rollout), reward in zip(fresh, shared_out(fresh, [1] * len(fresh), rewards)):
-            rollout.reward = reward
-
-    # -- 2. score and plan
-
-    @timed
-    @torch.no_grad()
-    def score(self, fresh: list[tuple[Group, Rollout]], with_fci: bool = False) -> list[tuple[np.ndarray, list]]:
-        """Set `logps` (and `fci`) of rollouts under the current policy; return their (entropies, steps). One forward pass."""
-        self.model.eval()
-        sequences = [(g.prompt_ids, r.ids) for g, r in fresh]
-        measured, results = {}, [None] * len(fresh)
-        for rows, _ in microbatches(sequences, self.cfg.microbatch_tokens):
-            texts = [[self.text_of(i) for i in fresh[row][1].ids] for row in rows]
-            steps = [split_steps(t) for t in texts]
-            step_ids = [step_ids_of(len(sequences[row][0]), s) for row, s in zip(rows, steps)]
-            fci = FCI(collate(step_ids, PADDING, self.model.device), self.cfg.fci_delta) if with_fci else None
-            with self.autocast():
-                logps, entropies = token_logps(
-                    self.model, [sequences[row] for row in rows], self.cfg.temperature, self.cfg.logit_chunk, fci, with_entropy=True
-                )
-            lengths = [len(sequences[row][1]) for row in rows]
-            for i, (row, lp, h) in enumerate(zip(rows, logps.cpu().split(lengths), entropies.cpu().split(lengths))):
-                scores = fci_scores(fci.values[i], count_scored_steps(texts[i], steps[i]), len(steps[i])).tolist() if fci else []
-                measured[row] = lp.numpy(), h.numpy(), scores, steps[i]
-        for row, (logps, entropies, scores, steps) in union(measured).items():
-            group, rollout = fresh[row]
-            prefix = group.rollouts[rollout.family].logps[: rollout.start]  # of the policy that sampled it
-            rollout.logps, rollout.fci = prefix + logps[rollout.start :].tolist(), scores
-            self.gaps.append(logps[rollout.start :] - np.array(rollout.engine_logps[rollout.start :]))
-            results[row] = entropies, steps
-        return results
-
-    def plan(self, groups: list[Group]) -> dict:
-        """Score the initial responses and decide where to branch; returns metrics of the sampling."""
-        if not groups:
-            return {}
-        cfg = self.cfg
-        fresh = [(g, r) for g in groups for r in g.rollouts]
-        scored = self.score(fresh, with_fci=cfg.branching == "fci" or cfg.fci_filter != "none")
-        of_rollout = {id(r): s for (_, r), s in zip(fresh, scored)}
-        for group in groups:
-            rewards = group.initial_rewards()
-            if group.rollouts[0].fci:
-                group.fci = float(np.mean([np.mean(r.fci) for r in group.rollouts]))
-                group.kept = self.sampler.keep(group.fci, rewards, cfg.fci_filter)
-            if not group.kept or cfg.branching == "none":
-                continue
-            count = expansion(rewards) if cfg.expansion == "adaptive" else len(rewards)
-            for family in choose_responses(rewards, count, self.rng):
-                entropies, steps = of_rollout[id(group.rollouts[family])]
-                fci = np.array(group.rollouts[family].fci)
-                starts, n, gap = [start for start, _ in steps], cfg.n_branch_points, cfg.min_branch_gap
-                points = branch_points(cfg.branching, starts, fci, entropies, n, cfg.branch_quantile, gap, self.rng)
-                group.branches += [(family, p) for p in points]
-        entropies = np.concatenate([h for h, _ in scored])
-        return {
-            "reward": float(np.mean([r.reward for _, r in fresh])),
-            "entropy": float(entropies.mean()),
-            "response_tokens": float(np.mean([len(r.ids) for _, r in fresh])),
-            "truncated": float(np.mean([not r.finished for _, r in fresh])),
-            "batch_size": len(groups),
-            "filtered": float(np.mean([not g.kept for g in groups])),
-        }
-
-    # -- 3. advantages
-
-    def assign_advantages(self, batch: list[Group]) -> list[Group]:
-        """Set every token's advantage (Eq. 3); return the problems that have any."""
-        useful = [g for g in batch if g.mixed()]
-        for group in useful:
-            advantages = (tree_advantages if self.cfg.advantage == "tree" else group_advantages)(group.leaves())
-            for rollout, a in zip(group.rollouts, advantages):
-                rollout.advantages = a.tolist()
-        return useful
-
-    # -- 4. update
-
-    @timed
-    def update(self, groups: list[Group]) -> dict:
-        """One pass over the problems in minibatches; returns metrics averaged over the tokens of those not skipped.
-
-        Raises NonFiniteUpdates after `max_skipped_updates` minibatches in a row whose loss or gradient was not finite.
-        """
-        totals: dict[str, float] = defaultdict(float)
-        norms, n_total, skipped = [], 0, 0
-        order = self.rng.permutation(len(groups))
-        for first in range(0, len(order), self.cfg.minibatch_prompts):
-            minibatch = [groups[i] for i in order[first : first + self.cfg.minibatch_prompts]]
-            rollouts = [(g, r) for g in minibatch for r in g.rollouts]
-            n_tokens = sum(len(r.ids) for _, r in rollouts)
-            sums: dict[str, float] = defaultdict(float)
-            for own in union({rank(): self.accumulate(rollouts, n_tokens)}).values():
-                for name, value in own.items():
-                    sums[name] += value
-            norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip)).item()
-            if math.isfinite(norm) and math.isfinite(sums["loss"]):
-                self.optimizer.step()
-                self.totals["updates"] += 1
-                self.skipped_in_a_row = 0
-                norms.append(norm)
-                n_total += n_tokens
-                for name, value in sums.items():
-                    totals[name] += value
+    def score(self, fresh: list[tuple[Problem, Rollout]]) -> list[Score]:
+        """Log-probs under the current policy; of initial responses entropies, and FCI where it is used."""
+        with_fci = self.cfg.branching == "fci" or self.cfg.fci_filter != "none"
+        initial, continuations = [], []
+        for problem, rollout in fresh:
+            if rollout.start == 0:
+                step_ids = step_ids_of(len(problem.prompt_ids), rollout.steps) if with_fci else None
+                initial.append(Sequence(problem.prompt_ids, rollout.ids, step_ids))
             else:
-                self.skipped_in_a_row += 1
-                skipped += 1
-            self.optimizer.zero_grad()
-            if self.skipped_in_a_row >= self.cfg.max_skipped_updates:
-                raise NonFiniteUpdates(f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite", minibatch)
-        if not norms:
-            return {"skipped_updates": skipped}
-        padding = 1 - totals.pop("read") / totals.pop("slots")
-        averages = {name: value / n_total for name, value in totals.items()}
-        return averages | {"grad_norm": float(np.mean(norms)), "padding": padding, "skipped_updates": skipped}
+                continuations.append(Sequence(problem.prompt_ids, rollout.ids))
+        return self.learner.score(initial, with_entropy=True) + self.learner.score(continuations)
 
-    def accumulate(self, rollouts: list[tuple[Group, Rollout]], n_tokens: int) -> dict[str, float]:
-        """Add the minibatch's gradient, microbatch by microbatch: the sum over tokens divided by `n_tokens` once, so packing
-        changes nothing. Returns sums over response tokens, and how many tokens the forward passes read in how many slots."""
-        cfg, sums = self.cfg, defaultdict(float)
-        self.model.train()
-        sequences = [(g.prompt_ids, r.ids) for g, r in rollouts]
-        for rows, counts in microbatches(sequences, cfg.microbatch_tokens):
-            batch = [sequences[i] for i in rows]
-            old_logps, engine_logps, advantages = (
-                torch.tensor([x for i in rows for x in getattr(rollouts[i][1], name)], device=self.model.device)
-                for name in ("logps", "engine_logps", "advantages")
-            )
-            if cfg.old_logps == "engine":  # truncated importance weight w; as w > 0, w * min(rA, clip(r)A) = min(r wA, clip(r) wA)
-                advantages = advantages * (old_logps - engine_logps).exp().clamp(max=cfg.max_importance)
-            with self.autocast():
-                ref_logps = None
-                if cfg.kl_coef:
-                    with torch.no_grad():
-                        ref_logps, _ = token_logps(self.reference, batch, cfg.temperature, cfg.logit_chunk)
-                logps, _ = token_logps(self.model, batch, cfg.temperature, cfg.logit_chunk)
-            losses = policy_loss(logps, old_logps, ref_logps, advantages, cfg.clip_low, cfg.clip_high, cfg.kl_coef)
-            loss, clipped, kl = (counts * x for x in losses)
-            (loss.sum() * world_size() / n_tokens).backward()  # FSDP averages gradients over processes
-            sums["loss"] += loss.sum().item()
-            sums["clipped"] += clipped.sum().item()
-            sums["kl"] += kl.sum().item()
-            lengths = [len(prompt) + len(response) for prompt, response in batch]
-            sums["read"] += counts * sum(lengths)
-            sums["slots"] += len(lengths) * max(lengths)
-        return sums
+    def record(self, fresh: list[tuple[Problem, Rollout]], rewards: list[bool], scores: list[Score]) -> None:
+        """Write results into the rollouts, and add those to their problems. Raises EngineMismatch."""
+        for (problem, rollout), reward, score in zip(fresh, rewards, scores):
+            rollout.reward = float(reward)
+            rollout.logps += score.logps[rollout.start :].tolist()  # prefix: of the policy that sampled it
+            if score.entropies is not None:
+                rollout.entropies = score.entropies.tolist()
+            if score.fci is not None:
+                rollout.fci = fci_of_response(score.fci, rollout.n_scored, len(rollout.steps))
+            problem.rollouts.append(rollout)
+        bound = self.cfg.max_engine_gap - math.log(self.cfg.top_p)  # top-p raises the engine's by that
+        check_gap([rollout.gaps() for _, rollout in fresh], bound, "on the tokens sampled in this step")
 
-    @timed
-    def push(self) -> None:
-        """Give the engine the new weights."""
-        self.engine.load(self.model)
+    def plan(self, problem: Problem) -> None:
+        """Set where the problem will be branched: whether at all, in which responses, at which tokens."""
+        cfg, rewards = self.cfg, [r.reward for r in problem.rollouts]
+        if problem.rollouts[0].fci:
+            problem.fci = float(np.mean([np.mean(r.fci) for r in problem.rollouts]))
+            problem.kept = self.sampler.keep(problem.fci, rewards, cfg.fci_filter)  # Eq. 8
+        if not problem.kept or cfg.branching == "none":
+            return
+        count = expansion(rewards) if cfg.expansion == "adaptive" else len(rewards)  # Eq. 9
+        for family in choose_responses(rewards, count, self.rng):
+            response = problem.rollouts[family].measured()
+            n, quantile, gap = cfg.n_branch_points, cfg.branch_quantile, cfg.min_branch_gap
+            points = branch_points(cfg.branching, response, n, quantile, gap, self.rng)  # Eq. 7
+            problem.branches += [(family, point) for point in points]
 
-    def autocast(self):
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.model.device.type, self.autocast_dtype)
+    def set_advantages(self, problem: Problem) -> None:
+        """Set the advantage of each token of the problem's rollouts."""
+        leaves = [Leaf(r.family, r.start, len(r.ids), r.reward) for r in problem.rollouts]
+        advantages_of = tree_advantages if self.cfg.advantage == "tree" else group_advantages
+        for rollout, advantages in zip(problem.rollouts, advantages_of(leaves)):
+            rollout.advantages = advantages.tolist()
 
+    def update(self, useful: list[Problem]) -> list[dict[str, float]]:
+        """One optimiser step per minibatch of problems, in random order; the learner's report of each."""
+        reports, order, size = [], self.rng.permutation(len(useful)), self.cfg.minibatch_prompts
+        for first in range(0, len(order), size):
+            minibatch = [useful[i] for i in order[first : first + size]]
+            pairs = [(problem, rollout) for problem in minibatch for rollout in problem.rollouts]
+            sequences = [Sequence(p.prompt_ids, r.ids, per_token=r.for_loss()) for p, r in pairs]
+            N = sum(len(r.ids) for _, r in pairs)
+            divisors = [N for _ in sequences]  # Eq. 1: the loss of each sequence's tokens is divided by N
+            reports.append(self.learner.update(sequences, partial(policy_loss, cfg=self.cfg), divisors))
+        return reports
 
-def initial_jobs(groups: list[Group], cfg: MethodConfig) -> list[tuple[Group, int, int]]:
-    return [(g, family, 0) for g in groups for family in range(cfg.group_size)]
+    def state(self) -> dict:
+        """All of the method that a checkpoint has to keep, as plain JSON."""
+        state = {"sampler": vars(self.sampler), "planner_rng": self.rng.bit_generator.state}
+        return state | {"pending": [asdict(problem) for problem in self.pending]}
 
-
-def branch_jobs(groups: list[Group], cfg: MethodConfig) -> list[tuple[Group, int, int]]:
-    return [(g, family, point) for g in groups for family, point in g.branches for _ in range(cfg.n_continuations)]
-
-
-def batch_metrics(batch: list[Group], useful: list[Group]) -> dict:
-    """What the paper's Figures 4, 6 and 7 plot, of the batch trained on; shares in [0, 1]."""
-    if not batch:
-        return {}
-    rollouts = [r for g in batch for r in g.rollouts]
-    valid = [r for r in rollouts if any(r.advantages)]
-    mc = [[r.reward for r in g.rollouts if r.start > 0] for g in batch if g.branches]
-    uniform = [g for g in batch if len(set(g.initial_rewards())) == 1]
-    share = lambda flags: float(np.mean(flags)) if flags else None  # noqa: E731
-    return {
-        "mc_solve_all": share([min(rewards) == 1 for rewards in mc]),
-        "mc_solve_none": share([max(rewards) == 0 for rewards in mc]),
-        "mc_valid": share([min(rewards) < max(rewards) for rewards in mc]),
-        "rescued": share([g.mixed() for g in uniform]),  # invalid after initial sampling, valid after MC
-        "valid_problems": len(useful),
-        "valid_sequences": len(valid),
-        "sequences": len(rollouts),
-        "valid_tokens": sum(len(r.ids) for r in valid) / sum(len(r.ids) for r in rollouts),
-        "problem_fci": [g.fci for g in batch],
-        "problem_initial_reward": [float(np.mean(g.initial_rewards())) for g in batch],
-        "problem_valid": [g.mixed() for g in batch],
-    }
+    def load_state(self, state: dict) -> None:
+        """Go on from what `state` returned."""
+        vars(self.sampler).update(state["sampler"])
+        self.rng.bit_generator.state = state["planner_rng"]
+        rollouts = lambda p: [Rollout(**r) for r in p["rollouts"]]
+        self.pending = [Problem(**p | {"rollouts": rollouts(p)}) for p in state["pending"]]

@@ -1,7 +1,8 @@
 """Where to branch, and what a branch teaches: branch points, the tree, values and advantages.
 
-The tree of one problem. The root's children are the initial responses. A response with branch points p1 < p2 is cut into
-segments [0, p1), [p1, p2), [p2, end); a continuation sampled from p is a sibling of the segment that starts at p:
+The tree of one problem. The root's children are the initial responses. A response with branch points p1 <
+p2 is cut into segments [0, p1), [p1, p2), [p2, end); a continuation sampled from p is a sibling of the
+segment that starts at p:
 
     root ─┬─ [0, p1) ─┬─ [p1, p2) ─┬─ [p2, end)        the initial response
           │           │            ├─ [p2, ...)        its continuations from p2
@@ -13,60 +14,98 @@ segments [0, p1), [p1, p2), [p2, end); a continuation sampled from p is a siblin
     V(s) = mean correctness of the leaves below s                                                   (Eq. 2)
     A(s) = (V(s) - V(root) + V(s) - V(parent(s))) / sqrt(number of leaves below s)                  (Eq. 3)
 
-Every token of a segment has its segment's advantage, and every leaf is one training sequence from root to leaf.
+Every token of a segment has its segment's advantage, and every leaf is one training sequence from root to
+leaf.
 
-From the released code, not the paper: the distance `gap` between branch points, and the fall-back to the earliest steps.
-Unlike the released code, initial responses that were not branched are kept.
+From the released code, not the paper: the distance `gap` between branch points, and the fall-back to the
+earliest steps. Unlike the released code, initial responses that were not branched are kept.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 REFERENCE_LENGTH = 8192  # response length at which `gap` is meant as given; shorter responses scale it down
 
+# --- Branch points ----------------------------------------------------------------------------------------
 
-def candidates(fci: np.ndarray, quantile: float) -> np.ndarray:
-    """Steps that ATB may branch at (Eq. 7), ascending: those in the top `quantile` by FCI, none where it is 0.
 
-    >>> candidates(np.array([0, 1, 5, 2, 9.0]), 0.4)
+@dataclass
+class Measured:
+    """An initial response as a branching rule sees it: T steps, L tokens."""
+
+    step_texts: list[str]  # (T,)
+    starts: list[int]  # (T,), first token of each step
+    fci: np.ndarray  # (T,), of each step; empty where it was not measured
+    entropies: np.ndarray  # (L,), nats, of each token's distribution
+    reward: float  # correctness, 0 or 1
+    n_branchable: int  # leading steps that may be branched: those before the one with the last `</think>`
+
+
+def fci_candidates(fci: np.ndarray, quantile: float) -> np.ndarray:
+    """Steps that ATB may branch at (Eq. 7), ascending: the top `quantile` by FCI, never one of FCI 0.
+
+    >>> fci_candidates(np.array([0, 1, 5, 2, 9.0]), 0.4)
     array([2, 4])
     """
     return np.flatnonzero((fci >= np.quantile(fci, 1 - quantile)) & (fci > 0))  # Eq. 7
 
 
-def branch_points(
-    rule: str, starts: list[int], fci: np.ndarray, entropies: np.ndarray, n: int, quantile: float, gap: int, rng: np.random.Generator
-) -> list[int]:
+# A rule returns token positions of one response, the best first; `branch_points` takes as many as it may.
+
+
+def by_fci(response: Measured, quantile: float, rng) -> list[int]:
+    """ATB: the starts of the candidates of Eq. 7, the earliest first."""
+    return [response.starts[k] for k in fci_candidates(response.fci, quantile)]
+
+
+def by_entropy(response: Measured, quantile: float, rng) -> list[int]:
+    """TreeRL: the most uncertain tokens; ties by position."""
+    return np.argsort(-response.entropies, kind="stable").tolist()
+
+
+def at_random(response: Measured, quantile: float, rng: np.random.Generator) -> list[int]:
+    """A control: step starts in any order."""
+    return [response.starts[k] for k in rng.permutation(np.arange(1, len(response.starts)))]
+
+
+def earliest(response: Measured, quantile: float, rng) -> list[int]:
+    """A control: step starts from left to right."""
+    return response.starts
+
+
+RULES = {  # by the value of `--branching`
+    "fci": by_fci,
+    "entropy": by_entropy,
+    "random": at_random,
+    "earliest": earliest,
+}
+
+
+def branch_points(rule: str, response: Measured, n: int, quantile: float, gap: int, rng) -> list[int]:
     """Up to `n` token positions of one response from which to sample again, ascending.
 
-    rule: "fci" (ATB, Eq. 7), "entropy" (TreeRL: the n most uncertain tokens), "random" or "earliest" (controls: step starts).
-    starts: (T,) first token of each step. fci: (T,). entropies: (L,) nats. quantile: rho, the share of steps that are candidates.
-    gap: least distance in tokens between step starts chosen, and from the response's start, for a response of
-    `REFERENCE_LENGTH` tokens; scaled down in proportion for shorter ones. Token 0 is never a branch point.
+    The positions that the rule prefers, then the earliest steps, as far as they obey what holds for all
+    rules: never token 0, nothing from the step with the last `</think>` on, and at least `gap` tokens from
+    each other and from the response's start. gap is meant for a response of `REFERENCE_LENGTH` tokens;
+    shorter ones scale it down in proportion.
 
-    >>> rng = np.random.default_rng(0)
-    >>> branch_points("fci", [0, 9, 18, 27, 36], np.array([0, 1, 5, 2, 9.0]), np.zeros(45), 2, 0.4, 0, rng)
+    >>> response = Measured(["…"] * 5, [0, 9, 18, 27, 36], np.array([0, 1, 5, 2, 9.0]), np.zeros(45), 1.0, 5)
+    >>> branch_points("fci", response, n=2, quantile=0.4, gap=0, rng=np.random.default_rng(0))
     [18, 36]
     """
-    if rule == "entropy":
-        tokens = np.argsort(-entropies[1:], kind="stable")[:n] + 1  # ties by position
-        return sorted(tokens.tolist())
-    steps = np.arange(1, len(starts))  # never the first step
-    if rule == "fci":
-        order = [*(k for k in candidates(fci, quantile) if k > 0), *steps]  # the earliest candidates, then the earliest steps
-    elif rule == "random":
-        order = rng.permutation(steps)
-    elif rule == "earliest":
-        order = steps
-    else:
-        raise ValueError(f"unknown branching rule {rule!r}: use fci, entropy, random or earliest")
-    gap = max(1, gap * min(len(entropies), REFERENCE_LENGTH) // REFERENCE_LENGTH)
+    length = len(response.entropies)
+    end = [*response.starts, length][response.n_branchable]
+    gap = max(1, gap * min(length, REFERENCE_LENGTH) // REFERENCE_LENGTH)
     points: list[int] = []
-    for k in order:
-        if len(points) < n and all(abs(starts[k] - p) >= gap for p in [0, *points]):
-            points.append(starts[k])
+    for position in [*RULES[rule](response, quantile, rng), *response.starts]:
+        if len(points) < n and position < end and all(abs(position - p) >= gap for p in [0, *points]):
+            points.append(position)
     return sorted(points)
+
+
+# --- The tree ---------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -79,61 +118,73 @@ class Leaf:
     reward: float  # correctness, 0 or 1
 
 
-@dataclass
+@dataclass(eq=False)
 class Segment:
-    """A node of the tree: response tokens [start, end) shared by all leaves below it."""
+    """A node of the tree: response tokens [start, end) that all leaves below share; none in the root."""
 
     parent: "Segment | None" = None
     start: int = 0
     end: int = 0
-    rewards: list[float] = field(default_factory=list)  # of the leaves below
+    children: list["Segment"] = field(default_factory=list)
+    leaves: dict[int, float] = field(default_factory=dict)  # index of each leaf below, and its reward
 
     @property
     def value(self) -> float:
-        return sum(self.rewards) / len(self.rewards)  # Eq. 2
+        return sum(self.leaves.values()) / len(self.leaves)  # Eq. 2
 
     def path(self) -> list["Segment"]:
-        """Segments from the root's child down to this one."""
-        return [*self.parent.path(), self] if self.parent else []
+        """From the root down to this segment."""
+        return [*(self.parent.path() if self.parent else []), self]
+
+    def add(self, start: int, end: int) -> "Segment":
+        """Append a child, and return it."""
+        self.children.append(Segment(self, start, end))
+        return self.children[-1]
+
+    def walk(self) -> Iterator["Segment"]:
+        """All segments below this one."""
+        for child in self.children:
+            yield child
+            yield from child.walk()
 
 
-def grow(leaves: list[Leaf]) -> list[Segment]:
-    """The tree's last segment for each leaf; the rest hangs on `parent`. Every family needs its initial response."""
+def grow(leaves: list[Leaf]) -> Segment:
+    """The root of the tree of one problem's leaves. Every family needs its initial response."""
     root = Segment()
-    tips: list[Segment | None] = [None] * len(leaves)
     for family in {leaf.family: None for leaf in leaves}:
-        members = [i for i, leaf in enumerate(leaves) if leaf.family == family]
-        initial = next(i for i in members if leaves[i].start == 0)
-        points = sorted({leaves[i].start for i in members} - {0})
-        parents, segment = {}, root
-        for start, end in zip([0, *points], [*points, leaves[initial].length]):
-            parents[start] = segment
-            segment = Segment(segment, start, end)
-        for i in members:
-            start = leaves[i].start
-            tips[i] = segment if i == initial else Segment(parents[start], start, leaves[i].length)
-    for leaf, tip in zip(leaves, tips):
-        for segment in [root, *tip.path()]:
-            segment.rewards.append(leaf.reward)
-    return tips
+        members = {i: leaf for i, leaf in enumerate(leaves) if leaf.family == family}
+        initial = next(leaf for leaf in members.values() if leaf.start == 0)
+        points = sorted({leaf.start for leaf in members.values()} - {0})
+        branched_at, segment = {}, root
+        for start, end in zip([0, *points], [*points, initial.length]):
+            branched_at[start] = segment
+            segment = segment.add(start, end)
+        for i, leaf in members.items():
+            tip = segment if leaf is initial else branched_at[leaf.start].add(leaf.start, leaf.length)
+            for above in tip.path():
+                above.leaves[i] = leaf.reward
+    return root
+
+
+def advantage(segment: Segment) -> float:
+    """How much better the leaves below a segment are than those of the problem, and of its parent."""
+    v, v_root, v_parent = segment.value, segment.path()[0].value, segment.parent.value
+    return (v - v_root + v - v_parent) / len(segment.leaves) ** 0.5  # Eq. 3
 
 
 def tree_advantages(leaves: list[Leaf]) -> list[np.ndarray]:
-    """Advantage of every response token of every leaf (Eq. 3): one fp32 array of shape (length,) a leaf."""
-    per_leaf = []
-    for tip in grow(leaves):
-        path = tip.path()
-        v_root = path[0].parent.value
-        advantages = []
-        for s in path:
-            a = (s.value - v_root + s.value - s.parent.value) / len(s.rewards) ** 0.5  # Eq. 3
-            advantages += [a] * (s.end - s.start)
-        per_leaf.append(np.array(advantages, dtype=np.float32))
+    """Each token's advantage, that of its segment: one fp32 array (length,) per leaf."""
+    per_leaf = [np.zeros(leaf.length, dtype=np.float32) for leaf in leaves]
+    for segment in grow(leaves).walk():
+        a = advantage(segment)
+        for i in segment.leaves:
+            per_leaf[i][segment.start : segment.end] = a
     return per_leaf
 
 
 def group_advantages(leaves: list[Leaf]) -> list[np.ndarray]:
-    """GRPO: (R - mean) / std over the group, the same for every token. Needs rewards that differ; sample std, as in verl."""
+    """GRPO: (R - mean) / std over the group, for all tokens alike. Rewards must differ; sample std, as
+    verl."""
     rewards = np.array([leaf.reward for leaf in leaves])
     normalised = (rewards - rewards.mean()) / rewards.std(ddof=1)
     return [np.full(leaf.length, a, dtype=np.float32) for leaf, a in zip(leaves, normalised)]

@@ -1,13 +1,14 @@
-"""Peak memory of log-probabilities over a large vocabulary, forward and backward: in chunks (fci.token_logps) and direct.
+"""Peak memory of log-probabilities over a large vocabulary, forward and backward: in chunks, and direct.
 
-    python experiments/bench_logits.py                             # 8,192 tokens x 151,936; the direct route on 1,024 of them
+    python experiments/bench_logits.py                             # 8,192 tokens x 151,936
     python experiments/bench_logits.py --tokens 1024 --width 1536  # with the output layer of the 1.5B model
 
-The model is one small layer below an output layer of the real vocabulary. "tensors" is the peak of the bytes of tensors alive at once,
-weights and their gradients not counted (`LiveBytes`); "process", which also sees what kernels allocate inside, the peak of resident
-memory above what the process held before. The direct route holds L x V tensors, so its peak is measured on `--direct_tokens` and
-scaled to `--tokens`. With a small `--width` these are the logits alone; at the real one, gradients in flight of the output layer's
-weight come on top.
+"In chunks" is plumbing.projection.token_logps. The model is one small layer below an output layer of the real
+vocabulary. "tensors" is the peak of the bytes of tensors alive at once, weights and their gradients not
+counted (`LiveBytes`); "process", which also sees what kernels allocate inside, the peak of resident memory
+above what the process held before. The direct route holds L x V tensors, so its peak is measured on
+`--direct_tokens` and scaled to `--tokens`. With a small `--width` these are the logits alone; at the real
+one, gradients in flight of the output layer's weight come on top.
 """
 
 import argparse
@@ -25,14 +26,16 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from attnrl import MethodConfig  # noqa: E402
-from fci import token_logps  # noqa: E402
+from fci import ATTENTION
+from plumbing.projection import token_logps
+from plumbing.settings import MachineConfig
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active: `peak`, the largest sum of bytes alive at once of tensors made since then, and `largest`, the most elements of one.
+    """While active: `peak`, the largest sum of bytes alive at once of tensors made since then.
 
-    Counts storages, each once; views and in-place results make none. What a kernel allocates inside is not seen.
+    `largest` is the most elements of one of them. Counts storages, each once; views and in-place results make
+    none. What a kernel allocates inside is not seen.
     """
 
     def __init__(self):
@@ -40,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
         self.alive, self.peak, self.largest = {}, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        of = lambda tree: [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]  # noqa: E731
+        of = lambda tree: [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
         given = {t.untyped_storage()._cdata for t in of((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for tensor in of(result):
@@ -55,8 +58,9 @@ class LiveBytes(TorchDispatchMode):
 
 def make_model(vocabulary: int, width: int):
     torch.manual_seed(0)
-    shape = dict(hidden_size=width, intermediate_size=width, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-    return Qwen2ForCausalLM(Qwen2Config(**shape, vocab_size=vocabulary, tie_word_embeddings=False, attn_implementation="fci"))
+    layer = dict(intermediate_size=width, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    size = dict(hidden_size=width, vocab_size=vocabulary, tie_word_embeddings=False)
+    return Qwen2ForCausalLM(Qwen2Config(**size, **layer, attn_implementation=ATTENTION))
 
 
 def forward_backward(model, ids: list[int], chunk: int) -> None:
@@ -65,17 +69,23 @@ def forward_backward(model, ids: list[int], chunk: int) -> None:
         logps, _ = token_logps(model, [(ids[:1], ids[1:])], 1.0, chunk)
     else:
         hidden = model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
-        logps = model.get_output_embeddings()(hidden[0, :-1]).float().log_softmax(-1).gather(1, torch.tensor(ids)[1:, None])[:, 0]
+        head, targets = model.get_output_embeddings(), torch.tensor(ids)[1:, None]
+        logps = head(hidden[0, :-1]).float().log_softmax(-1).gather(1, targets)[:, 0]
     logps.mean().backward()
 
 
 def resident(name: str) -> int:
     """Bytes of this process: VmRSS, now, or VmHWM, at most since /proc/self/clear_refs was written."""
-    return int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name)).split()[1]) * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kilobytes = next(line for line in lines if line.startswith(name)).split()[1]
+    return 1024 * int(kilobytes)
 
 
 def measure(vocabulary: int, width: int, tokens: int, chunk: int, by: str) -> int:
-    """Peak bytes of one forward and backward pass, by "tensors" or by "process". Gradients exist before, as in all microbatches but one."""
+    """Peak bytes of one forward and backward pass, by "tensors" or by "process".
+
+    Gradients exist before, as in all forward passes of a minibatch but the first.
+    """
     model = make_model(vocabulary, width)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -94,10 +104,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocabulary", type=int, default=151936)
-    parser.add_argument("--width", type=int, default=32, help="of the hidden state; small keeps this affordable")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[256, MethodConfig().logit_chunk, 1024])
+    parser.add_argument(
+        "--width", type=int, default=32, help="of the hidden state; small keeps this affordable"
+    )
+    parser.add_argument("--chunks", type=int, nargs="+", default=[256, MachineConfig().logit_chunk, 1024])
     parser.add_argument("--direct_tokens", type=int, default=1024)
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # the program of the measuring processes: by, tokens, chunk
+    # the program of the measuring processes: by, tokens, chunk
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.one:
@@ -110,15 +123,19 @@ def main() -> None:
         sizes = ["--vocabulary", str(args.vocabulary), "--width", str(args.width)]
         command = [sys.executable, __file__, *sizes, "--one", by, str(tokens), str(chunk)]
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout) / 1e9
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+        return int(done.stdout) / 1e9
 
-    print(f"{args.tokens} tokens x {args.vocabulary}, hidden state of {args.width}, fp32: peak of forward and backward, GB")
+    size = f"{args.tokens} tokens x {args.vocabulary}, hidden state of {args.width}"
+    print(f"{size}, fp32: peak of forward and backward, GB")
     print("| route | tensors | process |\n| --- | --- | --- |")
     for chunk in args.chunks:
-        print(f"| chunks of {chunk} | {peak('tensors', args.tokens, chunk):.2f} | {peak('process', args.tokens, chunk):.2f} |", flush=True)
+        tensors, process = (peak(by, args.tokens, chunk) for by in ("tensors", "process"))
+        print(f"| chunks of {chunk} | {tensors:.2f} | {process:.2f} |", flush=True)
     scale = args.tokens / args.direct_tokens
-    direct = {by: scale * peak(by, args.direct_tokens, 0) for by in ("tensors", "process")}
-    print(f"| direct, {scale:.0f} times that of {args.direct_tokens} tokens | {direct['tensors']:.2f} | {direct['process']:.2f} |")
+    tensors, process = (scale * peak(by, args.direct_tokens, 0) for by in ("tensors", "process"))
+    route = f"direct, {scale:.0f} times that of {args.direct_tokens} tokens"
+    print(f"| {route} | {tensors:.2f} | {process:.2f} |")
 
 
 if __name__ == "__main__":

@@ -3,22 +3,22 @@
     python experiments/bench_step.py                                   # the embedded reasoner, its preset
     python experiments/bench_step.py --model DIR --engine vllm --max_response_tokens 2048 --batch_size 8
 
-Takes train.py's flags and `--bench_steps`. Off-policy steps are run and timed by AttnRL's own clocks (`trainer.seconds`), with the reference
-model's part of the update apart; the first step, which has nothing to train on, is not counted. The optimiser really steps.
-Then the last step's generation requests are served again, in turns: all in one call, and in two, initial responses and continuations apart.
+Takes train.py's flags and `--bench_steps`. Off-policy steps are run with the clock that train.py hands to
+them, with the reference model's part of the update apart; the first step, which has nothing to train on, is
+not counted. The optimiser really steps. Then the last step's generation requests are served again, in turns:
+all in one call, and in two, initial responses and continuations apart.
 
-FLOPs are those of matrix products: 2 a weight of a linear layer and token forward, 4 backward, 2 more where activations are recomputed, and
-2 L D a token and layer for causal attention forward; of real tokens only, so that padding and the second run over the logits count as
-waste. The peak to compare with is a square product in the dtype of training, here and now. On a CPU all clocks, AttnRL's too, count
-the CPU time of one thread, so that other jobs hardly count; on a GPU, seconds.
+FLOPs are those of matrix products: 2 per weight of a linear layer and token forward, 4 backward, 2 more where
+activations are recomputed, and 2 L D per token and layer for causal attention forward; of real tokens only,
+so that padding and the second run over the logits count as waste. The peak to compare with is a square
+product in the dtype of training, here and now. On a CPU all times are the CPU time of one thread, so that
+other jobs hardly count; on a GPU, seconds.
 """
 
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,15 +26,17 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import attnrl  # noqa: E402
-from attnrl import branch_jobs, initial_jobs  # noqa: E402
-from experiments.memory_plan import shape_of  # noqa: E402
-from sampler import Request, load_tokenizer  # noqa: E402
-from train import build, load_data, next_groups, parse_config  # noqa: E402
+from attnrl import AttnRL, Problem
+from plumbing import logs
+from plumbing.memory_plan import shape_of
+from plumbing.models import load_tokenizer
+from plumbing.problems import Stream, load_fitting
+from train import build, parse_config
 
 PAIRS = 3  # one call against two, in turns
 MATMUL = 2048  # rows and columns of the product that measures the peak
-clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+PARTS = ["generate", "grade", "score", "reference", "update", "push"]
+now = time.perf_counter if torch.cuda.is_available() else time.process_time
 
 
 def synchronise() -> None:
@@ -44,10 +46,10 @@ def synchronise() -> None:
 
 def seconds(function, *args) -> float:
     synchronise()
-    started = clock()
+    started = now()
     function(*args)
     synchronise()
-    return clock() - started
+    return now() - started
 
 
 def matmul_peak(device, dtype) -> float:
@@ -62,21 +64,34 @@ def forward_flops(shape, lengths: list[int]) -> float:
     return sum(2 * shape.linear * n + attention * n * n for n in lengths)
 
 
-def requests_of(jobs, cfg) -> list[Request]:
-    starts = [(g.prompt_ids, g.rollouts[family].ids[:start] if start else []) for g, family, start in jobs]
-    return [Request(prompt + prefix, cfg.max_response_tokens - len(prefix)) for prompt, prefix in starts]
+def time_reference(learner, clock: logs.Clock) -> None:
+    """From now on the clock also adds up the forward passes of the reference model, a part of updates."""
+    logps = learner.logps
+
+    def timed_logps(model, *args):
+        if model is not learner.reference:
+            return logps(model, *args)
+        with clock("reference"):
+            result = logps(model, *args)
+            synchronise()
+        return result
+
+    learner.logps = timed_logps
 
 
-def one_call_saving(trainer, initial: list[Request], continuations: list[Request]) -> list[float]:
+def one_call_saving(trainer: AttnRL, new: list[Problem], due: list[Problem]) -> list[float]:
     """Time of two calls over that of one, same requests and weights, once for each of PAIRS."""
-    serve = lambda *calls: [trainer.engine.generate(c, temperature=trainer.cfg.temperature) for c in calls]  # noqa: E731
+
+    def two_calls():
+        trainer.generate(new, [])
+        trainer.generate([], due)
+
     ratios = []
-    with trainer.autocast():
-        for _ in range(PAIRS):
-            state = torch.get_rng_state()
-            once = seconds(serve, initial + continuations)
-            torch.set_rng_state(state)
-            ratios.append(seconds(serve, initial, continuations) / once)
+    for _ in range(PAIRS):
+        state = torch.get_rng_state()
+        one = seconds(trainer.generate, new, due)
+        torch.set_rng_state(state)
+        ratios.append(seconds(two_calls) / one)
     return ratios
 
 
@@ -88,62 +103,58 @@ def main() -> None:
         steps, argv = int(argv[at + 1]), argv[:at] + argv[at + 2 :]
     run, cfg = parse_config(["--threads", "1", *argv])
     if not cfg.off_policy:
-        sys.exit("error: bench_step times off-policy steps, whose one generation call it compares with two: leave out --off_policy false")
+        remedy = "whose one generation call it compares with two: leave out --off_policy false"
+        sys.exit(f"error: bench_step times off-policy steps, {remedy}")
     tokenizer = load_tokenizer(run.model)
-    problems, _ = load_data(run, cfg, tokenizer)
+    stream = Stream(load_fitting(run, cfg, tokenizer)[0], run.seed)
     trainer, shape = build(run, cfg, tokenizer, None), shape_of(run.model)
+    clock = logs.Clock(now)
+    time_reference(trainer.learner, clock)
 
-    attnrl.time = SimpleNamespace(perf_counter=clock)
-    original = attnrl.token_logps
-
-    def timed_logps(model, *args, **kwargs):  # the reference model is called inside the update
-        started, result = clock(), original(model, *args, **kwargs)
-        if model is trainer.reference:
-            synchronise()
-            trainer.seconds["time_reference"] += clock() - started
-        return result
-
-    attnrl.token_logps = timed_logps
-    totals: dict[str, float] = defaultdict(float)
-    scored, trained, padding, position = [], [], [], 0
+    length = lambda problem, rollout: len(problem.prompt_ids) + len(rollout.ids)
+    scored, trained, padding, position, tokens = [], [], [], 0, 0
     for step in range(steps + 1):
-        groups = next_groups(problems, tokenizer, position, trainer.sampler.batch_size, run.seed)
-        position += len(groups)
-        tokens = trainer.totals["tokens"]
-        metrics, batch = trainer.step(groups)
-        last = groups, batch
+        rows = stream[position : position + trainer.sampler.batch_size]
+        position += len(rows)
+        new = [Problem(p["problem"], p["answers"], p["prompt_ids"]) for p in rows]
+        before = clock.seconds["time_step"]
+        with clock("step"):
+            due, updates = trainer.step(new, clock)
         if step == 0:
+            clock.seconds.clear()
             continue
-        totals["tokens"] += trainer.totals["tokens"] - tokens
-        for name, value in metrics.items():
-            if name.startswith("time_"):
-                totals[name.removeprefix("time_")] += value
-        length = lambda g, r: len(g.prompt_ids) + len(r.ids)  # noqa: E731
-        scored += [length(g, r) for g in groups for r in g.rollouts] + [length(g, r) for g in batch for r in g.rollouts if r.start > 0]
-        trained += [length(g, r) for g in batch if g.mixed() for r in g.rollouts]
+        tokens += logs.n_generated(new, due)
+        scored += [length(p, r) for p in new for r in p.rollouts]
+        scored += [length(p, r) for p in due for r in p.rollouts if r.start > 0]
+        trained += [length(p, r) for p in due if p.mixed() for r in p.rollouts]
+        metrics = logs.update_metrics(updates)
         padding += [metrics["padding"]] if "padding" in metrics else []
-        print(f"step {step}: {metrics['time_step']:.1f} s, {len(groups)} problems sampled", file=sys.stderr, flush=True)
-    attnrl.token_logps = original
+        took = f"{clock.seconds['time_step'] - before:.1f} s"
+        print(f"step {step}: {took}, {len(new)} problems sampled", file=sys.stderr, flush=True)
 
-    totals["update"] -= totals["reference"]
-    training, threads = totals["update"] + totals["reference"], torch.get_num_threads()
-    print(f"{Path(run.model).name}: {steps} steps of {totals['step'] / steps:.1f} s; {trainer.model.device}, {threads} threads")
-    print(f"sampled: {totals['tokens'] / totals['generate']:,.0f} tokens/s")
-    print(f"trained: {len(trained) / training:,.1f} sequences/s, {np.mean(padding):.1%} of the slots are padding")
-    parts = ["generate", "grade", "score", "reference", "update", "push"]
-    print("share of the step: " + ", ".join(f"{name} {totals[name] / totals['step']:.1%}" for name in parts))
+    times = {name: clock.seconds[f"time_{name}"] for name in ["step", *PARTS]}
+    training = times["update"]
+    times["update"] -= times["reference"]
+    learner, per_step = trainer.learner, times["step"] / steps
+    where = f"{learner.model.device}, {torch.get_num_threads()} threads"
+    print(f"{Path(run.model).name}: {steps} steps of {per_step:.1f} s; {where}")
+    print(f"sampled: {tokens / times['generate']:,.0f} tokens/s")
+    wasted = f"{np.mean(padding):.1%} of the slots are padding"
+    print(f"trained: {len(trained) / training:,.1f} sequences/s, {wasted}")
+    print("share of the step: " + ", ".join(f"{name} {times[name] / times['step']:.1%}" for name in PARTS))
 
-    peak = matmul_peak(trainer.model.device, trainer.autocast_dtype or torch.float32)
-    passes = 4 if run.gradient_checkpointing else 3
-    for name, flops in (("update", passes * forward_flops(shape, trained)), ("score", forward_flops(shape, scored))):
-        rate = flops / totals[name]
-        print(f"{name}: {rate / 1e9:,.1f} GFLOP/s, {rate / peak:.1%} of the {peak / 1e9:,.0f} of a matrix product")
+    peak = matmul_peak(learner.model.device, learner.autocast_dtype or torch.float32)
+    passes = 4 if run.gradient_checkpointing else 3  # of the cost of a forward pass each
+    flops = {"update": passes * forward_flops(shape, trained), "score": forward_flops(shape, scored)}
+    for name in flops:
+        rate = flops[name] / times[name]
+        share = f"{rate / peak:.1%} of the {peak / 1e9:,.0f} of a matrix product"
+        print(f"{name}: {rate / 1e9:,.1f} GFLOP/s, {share}")
 
-    groups, batch = last
-    initial, continuations = requests_of(initial_jobs(groups, cfg), cfg), requests_of(branch_jobs(batch, cfg), cfg)
-    ratios = one_call_saving(trainer, initial, continuations)
+    n_initial, n_continuations = len(trainer.generate(new, [])), len(trainer.generate([], due))
+    ratios = one_call_saving(trainer, new, due)
     print(
-        f"generating {len(initial)} responses and {len(continuations)} continuations in two calls takes "
+        f"generating {n_initial} responses and {n_continuations} continuations in two calls takes "
         f"{median(ratios):.2f} times as long as in one ({min(ratios):.2f}–{max(ratios):.2f})"
     )
     trainer.engine.close()

@@ -3,8 +3,9 @@
     python experiments/compare.py                                              # AttnRL, TreeRL, GRPO; 5 seeds
     python experiments/compare.py --rows ablations --seeds 1 --out runs/ablations
 
-Every run is `python train.py FLAGS --seed S`, with the same budget of generated tokens. Runs that are complete are not repeated,
-so more seeds or rows can be added later. Two runs share the machine, one thread each; times are then no benchmark.
+Every run is `python train.py FLAGS --seed S`, with the same budget of generated tokens. Runs that are
+complete are not repeated, so more seeds or rows can be added later. Two runs share the machine, one thread
+each; times are then no benchmark.
 """
 
 import argparse
@@ -23,23 +24,24 @@ ALGORITHMS = {  # Table 1
 }
 ABLATIONS = {  # Tables 2 and 3, then single fields
     "TreeRL, one-step off-policy": "--algo treerl --off_policy true",
-    "TreeRL + ATB": "--algo treerl --branching fci",
+    "TreeRL + ATB": "--algo treerl --branching fci --min_branch_gap 512",
     "AttnRL without FCI filter": "--fci_filter none",
     "AttnRL without difficulty-aware expansion": "--expansion uniform",
     "AttnRL, Eq. 8 read literally": "--fci_filter all",
     "AttnRL, on-policy": "--off_policy false",
     "AttnRL, fixed batch": "--adaptive_batch false",
-    "AttnRL, entropy branching": "--branching entropy",
+    "AttnRL, entropy branching": "--branching entropy --min_branch_gap 0",
     "AttnRL, random branching": "--branching random",
     "AttnRL, earliest steps": "--branching earliest",
     "AttnRL, group advantage": "--advantage group",
     "AttnRL, no KL": "--kl_coef 0",
 }
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, 95%, by number of seeds
+# Student's t, 95%, by number of seeds
+T95 = dict(enumerate([12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26], start=2))
 
 
 def run(name: str, flags: str, seed: int, out: Path) -> list[dict]:
-    """Metrics of one run, a dict a line."""
+    """Metrics of one run, a dict per line."""
     directory = out / f"{name.replace(' ', '_').replace(',', '').replace('.', '')}-{seed}"
     settings = ["--seed", str(seed), "--output_dir", str(directory), "--threads", "1"]
     command = [sys.executable, str(ROOT / "train.py"), *flags.split(), *settings]
@@ -47,7 +49,8 @@ def run(name: str, flags: str, seed: int, out: Path) -> list[dict]:
     if finished.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {finished.stderr.strip().splitlines()[-1]}")
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    print(f"{name}, seed {seed}: {records[0]['test_accuracy']:.1%} -> {records[-1]['test_accuracy']:.1%}", file=sys.stderr, flush=True)
+    before, after = records[0]["test_accuracy"], records[-1]["test_accuracy"]
+    print(f"{name}, seed {seed}: {before:.1%} -> {after:.1%}", file=sys.stderr, flush=True)
     return records
 
 
@@ -55,7 +58,8 @@ def interval(values: list[float]) -> str:
     """Mean and 95% t-interval of percentages."""
     if len(values) < 2:
         return f"{100 * values[0]:.1f}"
-    return f"{100 * mean(values):.1f} ± {100 * T95.get(len(values), 2.0) * stdev(values) / len(values) ** 0.5:.1f}"
+    half = T95.get(len(values), 2.0) * stdev(values) / len(values) ** 0.5
+    return f"{100 * mean(values):.1f} ± {100 * half:.1f}"
 
 
 def main() -> None:
@@ -68,13 +72,18 @@ def main() -> None:
 
     rows = ALGORITHMS if args.rows == "algorithms" else ABLATIONS
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = {name: [pool.submit(run, name, flags, seed, args.out) for seed in range(args.seeds)] for name, flags in rows.items()}
+        futures = {
+            name: [pool.submit(run, name, flags, seed, args.out) for seed in range(args.seeds)]
+            for name, flags in rows.items()
+        }
         results = {name: [f.result() for f in runs] for name, runs in futures.items()}
 
-    print("| row | flags | before | after | generated tokens | problems | updates |\n| --- | --- | --- | --- | --- | --- | --- |")
+    print(f"| row | flags | before | after | generated tokens | problems | updates |\n{'| --- ' * 7}|")
     for name, runs in results.items():
         last = [records[-1] for records in runs]
-        totals = [f"{mean(r[f'total_{key}'] for r in last):,.0f}" for key in ("tokens", "problems", "updates")]
+        totals = [
+            f"{mean(r[f'total_{key}'] for r in last):,.0f}" for key in ("tokens", "problems", "updates")
+        ]
         after = interval([records[-1]["test_accuracy"] for records in runs])
         before = interval([records[0]["test_accuracy"] for records in runs])
         print(f"| {name} | `{rows[name]}` | {before} | {after} | {' | '.join(totals)} |")

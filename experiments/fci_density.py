@@ -1,11 +1,12 @@
-"""Figure 4: density of mean FCI of problems that initial sampling leaves without a signal, and of those that branching rescues.
+"""Figure 4: do problems that branching rescues have a higher FCI than those that it does not?
 
     python train.py --fci_filter none --output_dir runs/density
     python experiments/fci_density.py runs/density --out density.png
 
-From metrics.jsonl of one or more runs. A problem is *invalid* while all its responses are right or all are wrong; *rescued* if that
-holds after initial sampling and no longer after branching. The question behind Eq. 8: do rescued problems have a higher FCI? Trust only
-runs with `--fci_filter none`, since the filter itself leaves problems with a low FCI without branches, and so invalid.
+Densities from metrics.jsonl of one or more runs. A problem is *invalid* while all its responses are right or
+all are wrong; *rescued* if that holds after initial sampling and no longer after branching. Eq. 8 presumes
+the answer to be yes. Trust only runs with `--fci_filter none`, since the filter itself leaves problems with a
+low FCI without branches, and so invalid.
 """
 
 import argparse
@@ -35,11 +36,12 @@ def collect(runs: list[Path]) -> dict[str, dict[str, np.ndarray]]:
 def density(values: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Gaussian kernel density with Silverman's bandwidth, (len(x),)."""
     width = 1.06 * values.std(ddof=1) * len(values) ** -0.2
-    return np.exp(-0.5 * ((x[:, None] - values) / width) ** 2).sum(1) / (len(values) * width * (2 * np.pi) ** 0.5)
+    kernels = np.exp(-0.5 * ((x[:, None] - values) / width) ** 2) / (width * (2 * np.pi) ** 0.5)
+    return kernels.mean(1)
 
 
 def superiority(a: np.ndarray, b: np.ndarray) -> float:
-    """Probability that a random entry of `a` is larger than one of `b`; ties count half. 0.5: no difference."""
+    """Probability that a random entry of `a` exceeds one of `b`; ties count half. 0.5: no difference."""
     return float(np.mean((a[:, None] > b) + 0.5 * (a[:, None] == b)))
 
 
@@ -78,16 +80,16 @@ def main() -> None:
         sys.exit(f"error: no metrics.jsonl in {', '.join(missing)}: give the --output_dir of a run")
     groups = collect(args.runs)
     if len(groups["all"][KINDS[0]]) < 3:
-        sys.exit(
-            "error: fewer than three problems with FCI and without a signal after initial sampling: run longer, with an algorithm that uses FCI"
-        )
-    print("| initial responses | problems | rescued | mean FCI, rescued | mean FCI, still invalid | P(rescued > invalid), 95 % |")
-    print("| --- " * 6 + "|")
+        few = "fewer than three problems with FCI and without a signal after initial sampling"
+        sys.exit(f"error: {few}: run longer, with an algorithm that uses FCI")
+    means = "mean FCI, rescued | mean FCI, still invalid | P(rescued > invalid), 95 %"
+    print(f"| initial responses | problems | rescued | {means} |\n{'| --- ' * 6}|")
     for name, kinds in groups.items():
         before, lost, rescued = kinds.values()
         if len(lost) > 1 and len(rescued) > 1:
             low, high = superiority_interval(rescued, lost)
-            means = f"{rescued.mean():.3f} | {lost.mean():.3f} | {superiority(rescued, lost):.2f} ({low:.2f}–{high:.2f})"
+            probability = f"{superiority(rescued, lost):.2f} ({low:.2f}–{high:.2f})"
+            means = f"{rescued.mean():.3f} | {lost.mean():.3f} | {probability}"
         else:
             means = "– | – | –"
         print(f"| {name} | {len(before)} | {len(rescued)} | {means} |")

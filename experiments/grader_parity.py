@@ -1,9 +1,10 @@
-"""Does the grader accept every gold answer in every spelling, and nothing else? Does it survive anything? How fast is it?
+"""Does the grader accept every gold answer in every spelling, and nothing else? Does it survive anything?
 
     python experiments/grader_parity.py DATA_DIR            # a folder with aime24.jsonl, ..., olympiad.jsonl
     python experiments/grader_parity.py DATA_DIR --fuzz 0   # without the hostile strings
 
-A table: for each benchmark and each form, how many gradings gave the right verdict, of how many. Then what went wrong, one by one.
+A table: for each benchmark and each form, how many gradings gave the right verdict, of how many, and the
+seconds per 1,000 gradings. Then what went wrong, one by one.
 """
 
 import argparse
@@ -19,9 +20,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval import BENCHMARKS, CHECKER, WORKERS, load_problems, normalise, number, verdict
+from eval import BENCHMARKS, verdict
+from plumbing.answers import normalise, number
+from plumbing.problems import load_problems
+from plumbing.symbolic import CHECKER, WORKERS
 
-# --- Forms of a gold answer ------------------------------------------------------------------------------------------
+FORMS = ["gold itself", "frac/dfrac", "spaces", "units", "decimal", "thousands"]  # to be accepted
+FORMS += ["other answer", "inverted", "off by one"]  # to be rejected
+
+# --- Forms of a gold answer -------------------------------------------------------------------------------
 
 
 def plain(answer: str) -> str:
@@ -64,8 +71,9 @@ def spellings(gold: str) -> Iterator[tuple[str, str]]:
 
 
 def inverted(answer: str) -> str | None:
-    r"""b/a for an answer a/b that is no more than one fraction of integers, written as \frac{}{}, \dfrac{}{} or a/b."""
-    match = re.fullmatch(r"(-?)(?:\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}|([0-9]+)/([0-9]+))", plain(answer).replace(" ", ""))
+    r"""b/a for an answer that is a fraction a/b of integers and no more: \frac{}{}, \dfrac{}{} or a/b."""
+    fraction = r"(-?)(?:\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}|([0-9]+)/([0-9]+))"
+    match = re.fullmatch(fraction, plain(answer).replace(" ", ""))
     if not match:
         return None
     above, below = (match[2], match[3]) if match[2] else (match[4], match[5])
@@ -78,7 +86,8 @@ def wrong_answers(problem: dict, others: list[dict], rng: random.Random) -> Iter
     texts = {normalise(plain(gold)) for gold in problem["answers"]}
     for gold, value in zip(problem["answers"], values):
         other = rng.choice(rng.choice(others)["answers"])
-        if normalise(plain(other)) not in texts and (value_of(other) is None or value_of(other) not in values):
+        equal_value = value_of(other) is not None and value_of(other) in values
+        if normalise(plain(other)) not in texts and not equal_value:
             yield "other answer", other
         if inverted(gold) and value_of(inverted(gold)) not in values:
             yield "inverted", inverted(gold)
@@ -87,17 +96,19 @@ def wrong_answers(problem: dict, others: list[dict], rng: random.Random) -> Iter
                 yield "off by one", as_text(value + change)
 
 
-# --- Hostile strings -------------------------------------------------------------------------------------------------
+# --- Hostile strings --------------------------------------------------------------------------------------
 
 FRAGMENTS = (
-    r"\frac \dfrac \sqrt \left( \right) \left[ \text{ \boxed{ \fbox{ </think> \pi \cup \in \pm \begin{pmatrix} \end{pmatrix} \\ \{ \} "
-    r"\int_0^ \sum_{n=1}^{\infty} \prod \lim_{x\to0} \log \sin \binom{ ! \infty \le \cdot \times \overline{ \mathbb{R} \%"
-    "{ } ( ) [ ] , . ; = + - * / ^ _ % $ x y R r 0 1 12 3.5 1,000 1e5 ° \0 \ud800 \u2028 \u202e \u0663 é 1/0 (1,2) \\frac12 \\sqrt{2} x^{2} 2x+1"
+    r"\frac \dfrac \sqrt \left( \right) \left[ \text{ \boxed{ \fbox{ </think> \pi \cup \in \pm "
+    r"\begin{pmatrix} \end{pmatrix} \\ \{ \} \int_0^ \sum_{n=1}^{\infty} \prod \lim_{x\to0} \log \sin "
+    r"\binom{ ! \infty \le \cdot \times \overline{ \mathbb{R} \%"
+    "{ } ( ) [ ] , . ; = + - * / ^ _ % $ x y R r 0 1 12 3.5 1,000 1e5 ° \0 \ud800 \u2028 \u202e \u0663 é 1/0 "
+    "(1,2) \\frac12 \\sqrt{2} x^{2} 2x+1"
 ).split(" ") + [" ", "\n"]
 
 
 def hostile(n: int, seed: int = 0) -> Iterator[str]:
-    """Responses that a policy may come up with on a bad day: soups of LaTeX and worse, in a box that may not close."""
+    """Responses that a policy may come up with: soups of LaTeX and worse, in a box that may not close."""
     rng = random.Random(seed)
     for _ in range(n):
         soup = "".join(rng.choices(FRAGMENTS, k=rng.randint(0, 25)))
@@ -105,7 +116,8 @@ def hostile(n: int, seed: int = 0) -> Iterator[str]:
         if kind < 0.02:  # long
             soup = rng.choice("{}([\\$ 9^") * rng.randint(100, 100_000)
         elif kind < 0.03:  # deep
-            opening, closing = rng.choice([("{", "}"), ("(", ")"), (r"\sqrt{", "}"), (r"\frac{1}{", "}"), ("2^{", "}")])
+            brackets = [("{", "}"), ("(", ")"), (r"\sqrt{", "}"), (r"\frac{1}{", "}"), ("2^{", "}")]
+            opening, closing = rng.choice(brackets)
             depth = rng.randint(2, 100)
             soup = opening * depth + "1" + closing * depth
         elif kind < 0.04:  # any character at all
@@ -113,7 +125,7 @@ def hostile(n: int, seed: int = 0) -> Iterator[str]:
         yield rng.choice(["", "\\boxed{1} </think>"]) + "\\boxed{" + soup + rng.choice(["}", "}", "}", ""])
 
 
-# --- The report ------------------------------------------------------------------------------------------------------
+# --- The report -------------------------------------------------------------------------------------------
 
 
 def check(problems: list[dict], seed: int = 0) -> tuple[Counter, Counter, list[str], float]:
@@ -139,24 +151,29 @@ def main() -> None:
     parser.add_argument("--fuzz", type=int, default=10_000, help="hostile strings")
     args = parser.parse_args()
     CHECKER.equal("x", "y")  # its start is no part of the times
-    forms = ["gold itself", "frac/dfrac", "spaces", "units", "decimal", "thousands", "other answer", "inverted", "off by one"]
-    print("| right verdicts of | golds | " + " | ".join(forms) + " | s per 1,000 |\n" + "| --- " * (len(forms) + 3) + "|")
-    totals, n_golds, all_right, all_errors, all_seconds = Counter(), 0, Counter(), [], 0.0
+    print(f"| right verdicts of | golds | {' | '.join(FORMS)} | s per 1,000 |")
+    print("| --- " * (len(FORMS) + 3) + "|")
+    all_asked, all_right, all_errors, all_golds, all_seconds = Counter(), Counter(), [], 0, 0.0
     for name in BENCHMARKS:
         problems = load_problems(str(Path(args.data_dir, f"{name}.jsonl")))
         asked, right, errors, seconds = check(problems)
         golds = sum(len(p["answers"]) for p in problems)
-        print(row(name, golds, asked, right, forms, seconds), flush=True)
-        totals, all_right, n_golds, all_seconds = totals + asked, all_right + right, n_golds + golds, all_seconds + seconds
+        print(row(name, golds, asked, right, seconds), flush=True)
+        all_asked += asked
+        all_right += right
         all_errors += [f"{name}, {error}" for error in errors]
-    print(row("all", n_golds, totals, all_right, forms, all_seconds))
+        all_golds += golds
+        all_seconds += seconds
+    print(row("all", all_golds, all_asked, all_right, all_seconds))
     print("\n".join(["", *all_errors]))
 
     started = time.perf_counter()
     with ThreadPoolExecutor(WORKERS) as pool:  # an exception would end up here
         outcomes = list(pool.map(timed_verdict, hostile(args.fuzz)))
-    counts, slowest = Counter(got for got, _ in outcomes), max((seconds for _, seconds in outcomes), default=0)
-    print(f"{args.fuzz:,} hostile strings: {dict(counts)}, no exception, {time.perf_counter() - started:.0f} s, slowest {slowest:.1f} s")
+    counts, took = Counter(got for got, _ in outcomes), time.perf_counter() - started
+    slowest = max((seconds for _, seconds in outcomes), default=0)
+    times = f"{took:.0f} s, slowest {slowest:.1f} s"
+    print(f"{args.fuzz:,} hostile strings: {dict(counts)}, no exception, {times}")
 
 
 def timed_verdict(response: str) -> tuple[str, float]:
@@ -164,8 +181,8 @@ def timed_verdict(response: str) -> tuple[str, float]:
     return verdict(response, ["7", r"\frac{1}{2}", "(1,2)", "2x+1"]), time.perf_counter() - started
 
 
-def row(name: str, golds: int, asked: Counter, right: Counter, forms: list[str], seconds: float) -> str:
-    cells = [f"{right[form]}/{asked[form]}" if asked[form] else "" for form in forms]
+def row(name: str, golds: int, asked: Counter, right: Counter, seconds: float) -> str:
+    cells = [f"{right[form]}/{asked[form]}" if asked[form] else "" for form in FORMS]
     return f"| {name} | {golds} | {' | '.join(cells)} | {1000 * seconds / asked.total():.2f} |"
 
 

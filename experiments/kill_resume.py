@@ -2,10 +2,10 @@
 
     python experiments/kill_resume.py
 
-Twenty runs of five steps on tiny/ with the plain engine, each stopped once: SIGKILL and SIGTERM in turn, at moments drawn evenly
-from the time between a run's config.json and its end. The same command then finishes it. Everything that a run leaves behind must be
-the same bit for bit: weights, optimiser, random states and pending batch of its last checkpoint, metrics (times apart) and rollouts.
-Exits with 1 if anything differs.
+Twenty runs of five steps on tiny/ with the plain engine, each stopped once: SIGKILL and SIGTERM in turn, at
+moments drawn evenly from the time between a run's config.json and its end. The same command then finishes it.
+Everything that a run leaves behind must be the same bit for bit: weights, optimiser, random states and
+pending batch of its last checkpoint, metrics (times apart) and rollouts. Exits with 1 if anything differs.
 """
 
 import argparse
@@ -24,8 +24,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5
 FLAGS = (
-    f"--steps {STEPS} --token_budget 0 --batch_size 4 --min_batch_size 2 --max_batch_size 6 --target_sequences 30 --group_size 3 "
-    "--minibatch_prompts 2 --eval_problems 8 --eval_every 3 --save_every 1 --keep_checkpoints 2 --threads 1 --engine torch"
+    f"--steps {STEPS} --token_budget 0 --batch_size 4 --min_batch_size 2 --max_batch_size 6 --group_size 3 "
+    "--target_sequences 30 --minibatch_prompts 2 --eval_problems 8 --eval_every 3 --save_every 1 "
+    "--keep_checkpoints 2 --threads 1 --engine torch"
 ).split()
 
 
@@ -74,7 +75,7 @@ def leavings(out: Path) -> dict:
 
 
 def kill_and_resume(i: int, number: signal.Signals, moment: float, out: Path, whole: dict) -> str:
-    """Run, stop with signal `number` `moment` seconds after config.json, resume; a row of the table."""
+    """Run, stop with a signal so many seconds after config.json, resume; a row of the table."""
     while True:
         shutil.rmtree(out, ignore_errors=True)
         process = start(out)
@@ -86,7 +87,8 @@ def kill_and_resume(i: int, number: signal.Signals, moment: float, out: Path, wh
     log = out / "metrics.jsonl"
     logged = len(log.read_bytes().splitlines()) if log.exists() else 0
     left = process.communicate()[0].strip().splitlines()
-    ended = "by itself" if process.returncode == 1 and left[-1].startswith("stopped: SIGTERM") else f"code {process.returncode}"
+    by_itself = process.returncode == 1 and left[-1].startswith("stopped: SIGTERM")
+    ended = "by itself" if by_itself else f"code {process.returncode}"
     writing = "yes" if (out / "checkpoint.partial").exists() else "no"
     said = finish(start(out))
     resumed = [line.rpartition("/")[2] for line in said.splitlines() if line.startswith("resuming from")]
@@ -112,12 +114,16 @@ def main() -> None:
         finish(process)
     duration = time.monotonic() - began
     whole, *others = map(leavings, controls)
-    print(f"a run takes {duration:.1f} s from config.json to its end; {args.jobs} that nobody stopped ", end="")
-    print("ended with the same bits\n" if all(equal(whole, other) for other in others) else "DIFFER\n", flush=True)
+    alike = "ended with the same bits" if all(equal(whole, other) for other in others) else "DIFFER"
+    print(f"a run takes {duration:.1f} s from config.json to its end; ", end="")
+    print(f"{args.jobs} that nobody stopped {alike}\n", flush=True)
     print("| | signal | after (s) | lines logged | writing a checkpoint | ended | resumed from | result |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     moments = np.random.default_rng(args.seed).uniform(0, duration, args.moments)
-    jobs = [(i, (signal.SIGKILL, signal.SIGTERM)[i % 2], float(m), args.out / str(i), whole) for i, m in enumerate(moments, 1)]
+    jobs = [
+        (i, (signal.SIGKILL, signal.SIGTERM)[i % 2], float(m), args.out / str(i), whole)
+        for i, m in enumerate(moments, 1)
+    ]
     with ThreadPoolExecutor(args.jobs) as pool:
         rows = []
         for row in pool.map(lambda job: kill_and_resume(*job), jobs):

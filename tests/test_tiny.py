@@ -7,7 +7,7 @@ import re
 from conftest import TINY
 
 from fci import split_steps
-from sampler import prompt_ids
+from plumbing.models import prompt_ids
 from tiny.make import MIN_DISTANCE, Problem, Teacher, make_problem, step_kind
 
 
@@ -67,9 +67,15 @@ def test_tokenizer_reads_and_writes_solutions_exactly(tiny_tokenizer):
 
 
 def test_step_kinds():
-    assert [step_kind(s) for s in ("c=b*4: 5*4 so c=6", "d=c+2: 6+2 so d=1", " hm ok now", " wait so c=6", "</think>", "\\boxed{3}")] == [
-        "pivotal", "local", "filler", "wait", "answer", "answer",
-    ]  # fmt: skip
+    kinds = {
+        "c=b*4: 5*4 so c=6": "pivotal",
+        "d=c+2: 6+2 so d=1": "local",
+        " hm ok now": "filler",
+        " wait so c=6": "wait",
+        "</think>": "answer",
+        "\\boxed{3}": "answer",
+    }
+    assert {step: step_kind(step) for step in kinds} == kinds
 
 
 def test_problem_by_hand():

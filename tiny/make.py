@@ -36,15 +36,20 @@ MIN_DISTANCE = 4  # variables between a pivotal step and the steps that copy it
 N_TRAIN, N_TEST = 4000, 1000  # problems
 P_FILLER = 0.45  # probability that a filler step precedes a computed one
 P_WAIT = 0.1  # probability that the teacher notices a wrong result
-P_FACT_WRONG, P_RIGHT, P_FIXED = 1 / 3, 0.2, 0.65  # share of bad facts; how often a bad fact still comes out right, or as its fixed error
-WORDS = ("hm ok now then next let us see we go on keep the rest in mind carefully slowly note well fine good here so far").split()
-INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."  # as in the paper's prompt
+P_FACT_WRONG = 1 / 3  # share of bad facts
+P_RIGHT, P_FIXED = 0.2, 0.65  # how often a bad fact still comes out right, or as its fixed error
+WORDS = "hm ok now then next let us see we go on keep the rest in mind carefully slowly note well fine good"
+WORDS = (WORDS + " here so far").split()
+# As in the paper's prompt.
+INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 
 
 @dataclass
 class Problem:
     start: int  # value of a
-    ops: list[tuple[str, int | str]]  # per computed variable: ("*", k), ("+", k) or ("+", label of a pivotal variable)
+    ops: list[
+        tuple[str, int | str]
+    ]  # per computed variable: ("*", k), ("+", k) or ("+", label of a pivotal variable)
 
     @property
     def text(self) -> str:
@@ -80,7 +85,9 @@ def make_problem(rng: random.Random) -> Problem:
                 ops.append(("+", rng.randint(1, MOD - 1)))
         problem = Problem(rng.randint(1, MOD - 1), ops)
         values = list(problem.values().values())
-        if used == set(pivots) and all(values[p] for p in pivots):  # every pivot is copied; nothing is multiplied by 0
+        if used == set(pivots) and all(
+            values[p] for p in pivots
+        ):  # every pivot is copied; nothing is multiplied by 0
             return problem
 
 
@@ -131,20 +138,38 @@ def vocabulary() -> list[str]:
     digits = range(MOD)
     results = [f"{x}={v}" for x in LABELS for v in digits]
     return [
-        "<pad>", "<unk>", "<bos>", "<eos>", "<user>", "<assistant>", "<think>", "</think>", INSTRUCTION,
-        "\n\n", "\n", " ", ", ", ", find ", ".",
+        "<pad>",
+        "<unk>",
+        "<bos>",
+        "<eos>",
+        "<user>",
+        "<assistant>",
+        "<think>",
+        "</think>",
+        INSTRUCTION,
+        "\n\n",
+        "\n",
+        " ",
+        ", ",
+        ", find ",
+        ".",
         *(f"a={v}" for v in digits),
         *(f"{y}={x}" for x, y in zip(LABELS, LABELS[1:])),
-        *(f"*{k}" for k in range(2, MOD)), *(f"+{k}" for k in digits), *(f"+{x}" for x in LABELS), *LABELS,
+        *(f"*{k}" for k in range(2, MOD)),
+        *(f"+{k}" for k in digits),
+        *(f"+{x}" for x in LABELS),
+        *LABELS,
         *(f": {v}{op}{k}" for v in digits for op in "+*" for k in digits),
         *(f" so {r}\n\n" for r in results),
-        " wait", *dict.fromkeys(f" {w}" for w in WORDS),
+        " wait",
+        *dict.fromkeys(f" {w}" for w in WORDS),
         *(f"\\boxed{{{v}}}" for v in digits),
-    ]  # fmt: skip
+    ]
 
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}{% else %}<assistant>{{ m.content }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'user' %}<user>{{ m.content }}{% else %}<assistant>{{ m.content }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<assistant><think>{% endif %}"
 )
 
@@ -159,9 +184,14 @@ def make_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False,
-        pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", eos_token="<eos>",
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+    )
 
 
 def make_model(tokenizer, seed: int):
@@ -171,21 +201,35 @@ def make_model(tokenizer, seed: int):
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=False,
-            initializer_range=0.08, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            initializer_range=0.08,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-    )  # fmt: skip
+    )
 
 
 def prompt_text(tokenizer, problem: Problem) -> str:
     content = f"{problem.text} {INSTRUCTION}"
-    return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
 
 
-def warm_start(model, tokenizer, seed: int, updates: int = 1500, plain: float = 0.2, lr: float = 3e-3, batch: int = 32):
-    """Supervised learning on the teacher's solutions: for the share `plain` of the updates without filler steps, then with them."""
+def warm_start(
+    model, tokenizer, seed: int, updates: int = 1500, plain: float = 0.2, lr: float = 3e-3, batch: int = 32
+):
+    """Supervised learning on the teacher's solutions, for the share `plain` of the updates without filler
+    steps."""
     rng, teacher = random.Random(seed), Teacher(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, updates, pct_start=0.05)
@@ -197,7 +241,9 @@ def warm_start(model, tokenizer, seed: int, updates: int = 1500, plain: float = 
             for _ in range(16 * batch):
                 problem = make_problem(rng)
                 prompt = tokenizer(prompt_text(tokenizer, problem), add_special_tokens=False).input_ids
-                solution = tokenizer(teacher.solve(problem, rng, filler) + "<eos>", add_special_tokens=False).input_ids
+                solution = tokenizer(
+                    teacher.solve(problem, rng, filler) + "<eos>", add_special_tokens=False
+                ).input_ids
                 examples.append((prompt, solution))
             examples.sort(key=lambda e: len(e[0]) + len(e[1]))
             pool = [examples[i : i + batch] for i in range(0, len(examples), batch)]
@@ -210,18 +256,25 @@ def warm_start(model, tokenizer, seed: int, updates: int = 1500, plain: float = 
             end = len(prompt) + len(solution)
             ids[row, :end] = torch.tensor(prompt + solution)
             labels[row, len(prompt) : end] = torch.tensor(solution)
-        loss = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 50 == 0 or step + 1 == updates:
-            print(f"update {step + 1:5d}/{updates}  loss {loss.item():.3f}  {time.time() - started:5.0f} s", flush=True)
+            print(
+                f"update {step + 1:5d}/{updates}  loss {loss.item():.3f}  {time.time() - started:5.0f} s",
+                flush=True,
+            )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     here = Path(__file__).parent
     parser.add_argument("--out", type=Path, default=here)
     parser.add_argument("--seed", type=int, default=0)
@@ -231,7 +284,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, args.seed)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary")
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary")
 
     rng = random.Random(args.seed + 1)
     problems = {}

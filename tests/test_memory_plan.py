@@ -1,4 +1,5 @@
-"""The memory plan against what a small model allocates, on the CPU and to 10%; and no tensor over all tokens and the whole vocabulary."""
+"""The memory plan against what a small model allocates, on the CPU and to 10%; and no tensor over all tokens
+and the whole vocabulary."""
 
 import contextlib
 import dataclasses
@@ -11,14 +12,26 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import train
-from experiments import memory_plan
 from experiments.bench_logits import LiveBytes
-from fci import FCI, token_logps
+from fci import ATTENTION, StepHook
+from plumbing import engines, learner, memory_plan, models
+from plumbing.projection import token_logps
+from plumbing.settings import InputError
 
 ROWS, LENGTH = 2, 192  # their product is no width of the model
 TOKENS, CHUNK = ROWS * LENGTH, 64
-SHAPE = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=2000)
-CONFIGS = {"qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=False), "llama, tied": LlamaConfig(**SHAPE, tie_word_embeddings=True)}
+SHAPE = dict(
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=2000,
+)
+CONFIGS = {
+    "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=False),
+    "llama, tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+}
 
 
 def near(planned, measured):
@@ -27,12 +40,12 @@ def near(planned, measured):
 
 @pytest.fixture(params=CONFIGS)
 def model_and_shape(request, tmp_path):
-    """A random model whose parts are megabytes, and the shape that the plan reads from its config.json alone."""
+    """A random model whose parts are megabytes, and the shape that the plan reads from its config.json."""
     torch.manual_seed(0)
     CONFIGS[request.param].save_pretrained(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
-    model = AutoModelForCausalLM.from_config(CONFIGS[request.param], attn_implementation="fci").train()
-    return model, memory_plan.shape_of(str(tmp_path))
+    model = AutoModelForCausalLM.from_config(CONFIGS[request.param], attn_implementation=ATTENTION)
+    return model.train(), memory_plan.shape_of(str(tmp_path))
 
 
 def autocast_to(bfloat16: bool):
@@ -55,7 +68,8 @@ def test_weights_gradients_and_moments(model_and_shape):
     optimizer.step()
     assert memory_plan.weights(s) == nbytes(model.parameters())
     assert memory_plan.gradients(s) == nbytes(p.grad for p in model.parameters())
-    assert near(memory_plan.moments(s), nbytes(t for state in optimizer.state.values() for t in state.values()))
+    moments = nbytes(t for state in optimizer.state.values() for t in state.values())
+    assert near(memory_plan.moments(s), moments)
     assert memory_plan.reference(s, autocast=True) == nbytes(p.to(torch.bfloat16) for p in model.parameters())
     assert memory_plan.reference(s, autocast=False) == memory_plan.weights(s)
 
@@ -75,10 +89,13 @@ def test_activations_kept_for_backward(model_and_shape, autocast, checkpointing)
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast_to(autocast):
         hidden = model.base_model(input_ids=some_ids(), use_cache=False).last_hidden_state
-    is_cast = lambda t: t.dtype == torch.bfloat16 and TOKENS not in t.shape and LENGTH not in t.shape  # noqa: E731
+    is_cast = lambda t: t.dtype == torch.bfloat16 and not {TOKENS, LENGTH} & set(t.shape)
     copies = [t for t in saved if is_cast(t)]
-    activations = [t for t in saved if not is_cast(t)] + [hidden, hidden.clone()]  # the second is what picking response tokens makes
-    layers = memory_plan.layer_inputs(s, TOKENS) if checkpointing else s.layers * memory_plan.layer_activations(s, TOKENS, autocast)
+    picked = hidden.clone()  # what picking response tokens makes
+    activations = [*(t for t in saved if not is_cast(t)), hidden, picked]
+    layers = s.layers * memory_plan.layer_activations(s, TOKENS, autocast)
+    if checkpointing:
+        layers = memory_plan.layer_inputs(s, TOKENS)
     assert near(layers + memory_plan.last_hidden(s, TOKENS), nbytes(activations))
     assert near(memory_plan.casts(s.layers * s.layer, autocast and not checkpointing), nbytes(copies))
 
@@ -90,7 +107,8 @@ def test_peaks_of_forward_and_backward_through_the_layers(model_and_shape, autoc
         p.grad = torch.zeros_like(p)
     with LiveBytes() as live, torch.no_grad(), autocast_to(autocast):
         model.base_model(input_ids=some_ids(), use_cache=False)
-    assert near(memory_plan.layer_forward(s, TOKENS, autocast) + memory_plan.casts(s.layers * s.layer, autocast), live.peak)
+    copies = memory_plan.casts(s.layers * s.layer, autocast)
+    assert near(memory_plan.layer_forward(s, TOKENS, autocast) + copies, live.peak)
 
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with LiveBytes() as live:
@@ -101,7 +119,8 @@ def test_peaks_of_forward_and_backward_through_the_layers(model_and_shape, autoc
         live.peak = 0
         loss.backward()
     planned = memory_plan.layer_inputs(s, TOKENS) + memory_plan.layer_activations(s, TOKENS, autocast)
-    assert near(planned + memory_plan.layer_backward(s, TOKENS, autocast) + memory_plan.casts(s.layer, autocast), live.peak)
+    planned += memory_plan.layer_backward(s, TOKENS, autocast) + memory_plan.casts(s.layer, autocast)
+    assert near(planned, live.peak)
 
 
 class Output(torch.nn.Module):
@@ -148,7 +167,8 @@ def test_logits(model_and_shape, autocast, chunk):
 
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_no_tensor_over_all_tokens_and_the_vocabulary(model_and_shape, with_entropy):
-    """Forward and backward, with any of the output layer's users: nothing has more elements than a chunk of logits or the weights."""
+    """Forward and backward, with any of the output layer's users: nothing has more elements than a chunk of
+    logits or the weights."""
     model, s = model_and_shape
     batch = [([0], row.tolist()) for row in some_ids()]
 
@@ -159,13 +179,15 @@ def test_no_tensor_over_all_tokens_and_the_vocabulary(model_and_shape, with_entr
         return live.largest
 
     assert largest(TOKENS) == TOKENS * s.vocabulary  # so the meter sees it
-    others = max(s.vocabulary * s.width, ROWS * (LENGTH + 1) * s.mlp)  # the output layer's weights, and activations
+    # The output layer's weights, and activations.
+    others = max(s.vocabulary * s.width, ROWS * (LENGTH + 1) * s.mlp)
     assert largest(CHUNK) <= max(CHUNK * s.vocabulary, others) < TOKENS * s.vocabulary / 2
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_generation_copies_no_keys_for_grouped_queries(masked):
-    """One new token against a cache, with left-padding: as if keys and values were repeated for every head, without doing it."""
+    """One new token against a cache, with left-padding: as if keys and values were repeated for every head,
+    without doing it."""
     torch.manual_seed(0)
     batch, heads, kv_heads, length, d = 3, 6, 2, 40, 16
     query = torch.randn(batch, 1, heads, d).transpose(1, 2)  # as models make it
@@ -173,8 +195,9 @@ def test_generation_copies_no_keys_for_grouped_queries(masked):
     mask = (torch.arange(length) >= torch.tensor([[0], [7], [20]]))[:, None, None] if masked else None
     module = torch.nn.Module()
     module.num_key_value_groups = heads // kv_heads
+    attend = ALL_ATTENTION_FUNCTIONS[models.ATTENTION]
     with LiveBytes() as live:
-        ours, _ = ALL_ATTENTION_FUNCTIONS["fci"](module, query, key, value, mask, scaling=0.3)
+        ours, _ = attend(module, query, key, value, mask, scaling=0.3)
     theirs, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     assert live.largest < key.numel()
@@ -184,46 +207,60 @@ def test_fci_and_cache(model_and_shape):
     model, s = model_and_shape
     s12 = dataclasses.replace(s, heads=12, kv_heads=2, head_dim=128)  # of the 1.5B model
     q, k = (torch.randn(1, n, TOKENS, s12.head_dim) for n in (s12.heads, s12.kv_heads))
-    scores = FCI(torch.arange(TOKENS)[None] * 60 // TOKENS)
+    hook = StepHook(torch.arange(TOKENS)[None] * 60 // TOKENS)
     with LiveBytes() as live:
-        scores.add_layer(q, k, None, None)
+        hook.add_layer(q, k, None, None)
     assert near(memory_plan.fci(s12, TOKENS), live.peak)
     cache = DynamicCache()
     with torch.no_grad():
         model(some_ids(), past_key_values=cache)
-    assert nbytes([t for layer in cache.layers for t in (layer.keys, layer.values)]) == TOKENS * memory_plan.kv_token(s, bytes_each=4)
+    keys_and_values = nbytes(t for layer in cache.layers for t in (layer.keys, layer.values))
+    assert keys_and_values == TOKENS * memory_plan.kv_token(s, bytes_each=4)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_peak_of_a_whole_microbatch(model_and_shape, checkpointing):
-    """As `AttnRL.accumulate` has it, gradients present before: the largest column of the plan."""
+    """As `Learner.accumulate` has it, gradients present before: the largest column of the plan."""
     model, s = model_and_shape
-    flags = ["--autocast", "none", "--logit_chunk", str(CHUNK), "--microbatch_tokens", str(TOKENS), "--max_prompt_tokens", "1"]
-    flags += ["--max_response_tokens", str(LENGTH), "--engine", "torch", "--gradient_checkpointing", str(checkpointing)]
-    rows = memory_plan.plan(s, *train.parse_config(flags + ["--preset", "paper"]), card=1e9)
+    flags = f"--preset paper --engine torch --autocast none --gradient_checkpointing {checkpointing} "
+    flags += f"--logit_chunk {CHUNK} --microbatch_tokens {TOKENS} "
+    flags += f"--max_prompt_tokens 1 --max_response_tokens {LENGTH}"
+    rows = memory_plan.plan(s, *train.parse_config(flags.split()), card=1e9)
     state = sum(max(rows.pop(name)) for name in ("weights", "AdamW's moments", "reference", "gradients"))
     assert state == 5 * memory_plan.weights(s)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = [(row[:1].tolist(), row[1:].tolist()) for row in some_ids()]
     with LiveBytes() as live:
-        logps, _ = token_logps(model, [(row[:1].tolist(), row[1:].tolist()) for row in some_ids()], 1.0, CHUNK)
+        logps, _ = token_logps(model, batch, 1.0, CHUNK)
         logps.sum().backward()
     assert near(max(sum(column) for column in list(zip(*rows.values()))[1:]), live.peak)
 
 
 def test_plan_needs_no_weights_and_reads_no_data(model_and_shape, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "load_data", lambda *args: pytest.fail("read data"))
-    train.train(*train.parse_config(["--model", str(tmp_path), "--plan", "--gpu_gb", "80", "--output_dir", str(tmp_path / "run")]))
+    monkeypatch.setattr(train, "load_fitting", lambda *args: pytest.fail("read data"))
+    for module in (learner, engines):
+        monkeypatch.setattr(module, "load_model", lambda *args: pytest.fail("loaded weights"))
+    flags = ["--model", str(tmp_path), "--plan", "--gpu_gb", "80", "--output_dir", str(tmp_path / "run")]
+    train.train(*train.parse_config(flags))
     printed = capsys.readouterr().out
-    assert "fits: " in printed and "bytes a token" in printed and not (tmp_path / "run").exists()
+    assert "fits: " in printed and "bytes per token" in printed and not (tmp_path / "run").exists()
 
 
 def test_plan_of_the_papers_model(tmp_path, capsys):
-    """By hand: 1.777 B parameters; a cache of 0.4 x 80 GB less 3.55 GB, 28,672 bytes a token."""
-    shape = dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2)
-    config = Qwen2Config(**shape, vocab_size=151936, tie_word_embeddings=False, max_position_embeddings=131072)
+    """By hand: 1.777 B parameters; a cache of 0.4 x 80 GB less 3.55 GB, 28,672 bytes per token."""
+    shape = dict(
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+    )
+    config = Qwen2Config(
+        **shape, vocab_size=151936, tie_word_embeddings=False, max_position_embeddings=131072
+    )
     config.save_pretrained(tmp_path)
     s = memory_plan.shape_of(str(tmp_path))
     assert s.parameters == 1_777_088_000 and memory_plan.kv_token(s) == 28 * 2 * 2 * 128 * 2
@@ -235,5 +272,5 @@ def test_plan_of_the_papers_model(tmp_path, capsys):
 
 def test_a_plan_without_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no such"}))
-    with pytest.raises(train.InputError, match="no plan without the config.json"):
+    with pytest.raises(InputError, match="no plan without the config.json"):
         train.train(*train.parse_config(["--model", str(tmp_path), "--plan"]))

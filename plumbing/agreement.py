@@ -1,0 +1,133 @@
+"""Is the engine the policy that is trained, and can this model be scored at all?
+
+An engine with a copy of the weights and kernels of its own is never quite the policy that is trained. How
+far apart the two are is measured on every sampled token (`mismatch`), a run stops when they are further
+apart than rounding explains (`check_gap`), and before anything is trained it is shown that a push reaches
+every weight (`verify_sync`). `check_model` compares what scoring computes with the model's own eager pass.
+"""
+
+import numpy as np
+import torch
+
+import fci
+from plumbing import models
+from plumbing.nouns import Request
+from plumbing.processes import fork_rng
+from plumbing.projection import token_logps
+
+NEGATED = 2.5  # times the bound: bf16 moves a negated network further than a trained one (0.16 nats seen)
+
+
+class EngineMismatch(RuntimeError):
+    """Sampler and trainer are further apart than rounding explains."""
+
+
+def check_gap(gaps: list[np.ndarray], bound: float, when: str) -> None:
+    """Raises EngineMismatch if the mean |gap| per token exceeds `bound`, nats.
+
+    gaps: log-prob of the trainer - log-prob of the engine of each token, an array per sequence. when:
+    begins the message.
+    """
+    if not gaps:
+        return
+    gap = np.abs(np.concatenate(gaps)).mean()
+    if not gap <= bound:  # a gap of NaN, too, is a mismatch
+        raise EngineMismatch(
+            f"{when} the engine's log-probs differ from the trainer's by {gap:.3g} nats per token, "
+            f"max_engine_gap allows {bound:.3g}: most likely weights that were pushed did not all arrive; "
+            "pass --engine torch, or raise the bound if the kernels are that coarse"
+        )
+
+
+def verify_sync(engine, learner, prompts, bound: float, n_tokens: int = 16) -> float:
+    """Prove that a push reaches every weight of the engine: the mean gap on n_tokens per prompt, nats.
+
+    Negates every parameter, pushes, compares the log-probs of sampled tokens with the model's, and does so
+    again with the weights as they were. Negating twice is exact, and a tensor that does not arrive has the
+    wrong sign for the network around it. Comparing after a real update would prove nothing: at lr 1e-6 it
+    moves log-probs less than bf16 does. A tensor of zeros stays unproven. torch's random state is kept (and
+    NumPy's global one follows from it in every call of vLLM). Raises EngineMismatch.
+    """
+    model, temperature = learner.model, learner.temperature
+    gaps, requests = {}, [Request(ids, n_tokens) for ids in prompts]
+    for weights in ("the weights, negated", "the weights"):
+        with torch.no_grad(), fork_rng():
+            for parameter in model.parameters():
+                parameter.neg_()
+            engine.sleep()
+            engine.load(model)
+            responses = engine.generate(requests, temperature)
+            pairs = [(ids, r.ids) for ids, r in zip(prompts, responses)]
+            with learner.autocast():  # anew: it keeps its casts of the weights until it is left
+                logps, _ = token_logps(model.eval(), pairs, temperature, chunk=1024)
+        reported = torch.tensor([x for r in responses for x in r.logps])
+        gaps[weights] = (logps.cpu() - reported).numpy()
+    for weights, gap in gaps.items():  # only now, with the weights as they were
+        check_gap([gap], bound * (NEGATED if "negated" in weights else 1), f"after a push of {weights},")
+    return max(float(np.abs(gap).mean()) for gap in gaps.values())
+
+
+def mismatch(gaps: list[np.ndarray]) -> dict[str, float]:
+    """How far apart trainer and engine are. gaps: log-prob of the trainer - of the engine of each token, an
+    array per sequence.
+
+    engine_gap_mean, engine_gap_max: of |gap| over all tokens, nats. engine_log_ratio: logarithm of the mean
+    over sequences of the ratio w = P(trainer) / P(engine) of a whole sequence; 0 if they agree. engine_ess:
+    effective sample size (sum w)^2 / (n sum w^2) of those ratios, the share of the n sequences that
+    importance weighting would leave, in (0, 1]. Empty without tokens.
+
+    >>> {name: round(value, 2) for name, value in mismatch([np.log([2.0, 0.5]), np.log([3.0])]).items()}
+    {'engine_gap_mean': 0.83, 'engine_gap_max': 1.1, 'engine_log_ratio': 0.69, 'engine_ess': 0.8}
+    """
+    if not gaps:
+        return {}
+    tokens, sums = np.abs(np.concatenate(gaps)), np.array([g.sum() for g in gaps])
+    w = np.exp(sums - sums.max())  # in (0, 1]: the effective sample size does not depend on the scale
+    return {
+        "engine_gap_mean": float(tokens.mean()),
+        "engine_gap_max": float(tokens.max()),
+        "engine_log_ratio": float(sums.max() + np.log(w.mean())),
+        "engine_ess": float(w.sum() ** 2 / (len(w) * (w**2).sum())),
+    }
+
+
+class AlphaHook(fci.StepHook):
+    """Keeps every layer's alpha (Eq. 4) and leaves FCI alone."""
+
+    def __init__(self, step_ids):
+        super().__init__(step_ids)
+        self.alphas: list[torch.Tensor] = []  # (B, H, S, S) each
+
+    def add_layer(self, query, key, mask, scale) -> None:
+        self.alphas.append(fci.step_attention(query, key, self.step_ids, self.n_steps, mask, scale))
+
+
+def check_model(model) -> None:
+    """Raises ValueError if step attention, or the log-probs of `token_logps`, would silently be wrong for
+    this kind of model.
+
+    Compares both with the model's own eager attention and logits on a few tokens, each a step of its own,
+    for which alpha is attention. Eq. 5 and 6, which forks may change, are not compared.
+    """
+    name, attention = type(model).__name__, model.config._attn_implementation
+    ids = torch.arange(1, 9, device=model.device)[None]
+    hook = AlphaHook(ids - 1)
+    with torch.no_grad():
+        if attention in (fci.ATTENTION, models.ATTENTION):
+            model(input_ids=ids, use_cache=False, step_hook=hook)
+        if not hook.alphas:
+            reason = f"its attention implementation is {attention!r}, which takes no hook"
+            raise ValueError(f"{name} cannot be scored by FCI: {reason}")
+        ours, _ = token_logps(model, [([1], list(range(2, 9)))], temperature=1.0, chunk=1024)
+        model.set_attn_implementation("eager")
+        eager = model(input_ids=ids, use_cache=False, output_attentions=True)
+        model.set_attn_implementation(attention)
+    attentions = torch.cat([a for a in eager.attentions if a is not None]).float()  # (layers, H, L, L)
+    if not torch.allclose(torch.cat(hook.alphas), attentions, atol=1e-2):
+        reason = "step attention differs from what output_attentions says"
+        raise ValueError(f"{name} attends in ways that FCI does not see: {reason}")
+    expected = eager.logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    if not torch.allclose(ours, expected, atol=1e-2):
+        raise ValueError(
+            f"{name} soft-caps or scales its logits after the output layer, which token_logps does not do"
+        )

@@ -1,0 +1,184 @@
+"""A run's directory: its settings, checkpoints that are complete or not there, and going on from one."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from plumbing.processes import on_rank_0, rank, union, world_size
+from plumbing.settings import InputError, RunStopped
+
+
+def open_directory(out: Path, name: str, settings: dict, what: str, may_change: Collection[str] = ()) -> None:
+    """Make the directory with the settings in file `name`, or know that it holds this very `what` ("run",
+    "evaluation").
+
+    Raises InputError where it cannot be written to, or holds one with other settings, apart from those in
+    `may_change`.
+    """
+    path, aside = out / name, out / f"{name}.partial"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(settings, indent=2))  # each time: it shows that this can be written to
+        aside.unlink() if path.exists() else aside.rename(path)
+        before = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        remedy = "mend that, or choose another --output_dir"
+        raise InputError(f"cannot use {out} for the {what} ({error}): {remedy}") from None
+    changed = {key: value for key, value in settings.items() if before.get(key) != value}
+    differences = [
+        f"{key} ({before.get(key)} -> {value})" for key, value in changed.items() if key not in may_change
+    ]
+    if differences:
+        found = f"{'an' if what[0] in 'aeiou' else 'a'} {what} with other settings, {', '.join(differences)}"
+        raise InputError(f"{out} holds {found}: use them, or another --output_dir")
+
+
+def prepare(out: Path, config: dict, may_change: Collection[str]) -> tuple[Path | None, dict]:
+    """Make a run's directory, or find where to go on: (checkpoint, its state) or (None, {}). InputError."""
+    open_directory(out, "config.json", config, "run", may_change)
+    found = checkpoints(out)
+    state = read_state(found[-1]) if found else {}
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        cut_log(out / name, state.get("log_lines", {}).get(name, 0))
+    return (found[-1] if found else None), state
+
+
+def check_room(out: Path, n_parameters: int, run) -> None:
+    """Raises InputError unless the disk holds the checkpoints that will exist at once. run: RunConfig."""
+    size = 12 * n_parameters  # bytes: fp32 weights and two moments of AdamW
+    at_once = min(run.keep_checkpoints + 1, math.ceil(run.steps / run.save_every))  # the oldest goes last
+    needed, free = (at_once - len(checkpoints(out))) * size, shutil.disk_usage(out).free
+    if free < needed:
+        sizes = f"{needed / 1e9:.3g} GB for checkpoints and has {free / 1e9:.3g} GB"
+        remedy = "make room, lower --keep_checkpoints, or choose another --output_dir"
+        raise InputError(f"{out} needs {sizes}: {remedy}")
+
+
+# --- Writing ----------------------------------------------------------------------------------------------
+
+
+def save_or_stop(out: Path, step: int, *what) -> None:
+    """`save_checkpoint`; where that fails, the half-written one is removed, and RunStopped says why."""
+    try:
+        save_checkpoint(out, step, *what)
+    except Exception as error:  # the file system, safetensors and torch.save each have their own kind
+        shutil.rmtree(out / "checkpoint.partial", ignore_errors=True)
+        reason = " ".join(str(error).split())
+        raise RunStopped(f"cannot write checkpoint-{step} ({reason}): make room in {out}") from error
+
+
+def save_checkpoint(out: Path, step: int, learner, tokenizer, state: dict, keep: int) -> None:
+    """Write checkpoint-STEP aside, then rename it: under its final name a checkpoint is complete.
+
+    Sharded tensors are saved whole. state: plain JSON, all that is neither weights, optimiser nor random
+    state.
+    """
+    weights, optimizer = on_rank_0(learner.model.state_dict()), learner.optimizer.state_dict()
+    optimizer["state"] = {i: on_rank_0(moments) for i, moments in optimizer["state"].items()}
+    rng = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        rng["cuda"] = torch.cuda.get_rng_state()
+    rngs = union({rank(): rng})  # every process has drawn its own samples
+    if rank() > 0:
+        return
+    aside, final = out / "checkpoint.partial", out / f"checkpoint-{step}"
+    shutil.rmtree(aside, ignore_errors=True)
+    learner.model.save_pretrained(aside, state_dict=weights)
+    tokenizer.save_pretrained(aside)
+    torch.save({"optimizer": optimizer, "rng": rngs}, aside / "optimizer.pt")
+    state = state | {"step": step, "skipped_in_a_row": learner.skipped_in_a_row}
+    (aside / "state.json").write_text(json.dumps(state))
+    (aside / "digests.json").write_text(json.dumps({p.name: digest(p) for p in aside.iterdir()}))
+    for path in (*aside.iterdir(), aside):
+        sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    sync(out)  # only now the rename survives a power cut, and older checkpoints may go
+    for old in checkpoints(out)[:-keep]:
+        shutil.rmtree(old)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a directory, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def append(path: Path, *records: dict) -> None:
+    """Add lines of JSON to a file, and force them onto the disk: a checkpoint counts on them."""
+    with path.open("a", encoding="ascii") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- Reading ----------------------------------------------------------------------------------------------
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def read_state(checkpoint: Path) -> dict:
+    """The checkpoint's state.json, once every file is known to be as it was written. Raises InputError.
+
+    No falling back to the checkpoint before: a file that changed on the disk is something to know about,
+    not to step over.
+    """
+    try:
+        name = "digests.json"
+        digests = json.loads((checkpoint / name).read_text())
+        for name, expected in digests.items():
+            if digest(checkpoint / name) != expected:
+                raise ValueError("it is not what digests.json says was written")
+        return json.loads((checkpoint / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        remedy = "delete it to resume from the one before, or the whole run to start again"
+        raise InputError(f"{checkpoint} is damaged ({name}: {error}): {remedy}") from None
+
+
+def cut_log(path: Path, n_lines: int) -> None:
+    """Drop what a stopped run logged after its checkpoint, be it whole lines or not."""
+    if path.exists():
+        kept = path.read_bytes().splitlines(keepends=True)[:n_lines]
+        os.truncate(path, sum(map(len, kept)))
+
+
+def restore(learner, checkpoint: Path, state: dict) -> None:
+    """Optimiser and random state; the weights come with the model, and `verify_sync` pushes them."""
+    # mapped: held once per node
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, mmap=world_size() > 1)
+    for i, parameter in enumerate(learner.model.parameters()):
+        if isinstance(parameter, DTensor):
+            moments, mesh = saved["optimizer"]["state"].get(i, {}), parameter.device_mesh
+            for name in {"exp_avg", "exp_avg_sq"} & moments.keys():
+                moments[name] = distribute_tensor(
+                    moments[name], mesh, parameter.placements, src_data_rank=None
+                )
+    learner.optimizer.load_state_dict(saved["optimizer"])
+    learner.skipped_in_a_row = state["skipped_in_a_row"]
+    if len(saved["rng"]) != world_size():
+        counts = f"{len(saved['rng'])} processes, and there are {world_size()}"
+        print(f"{checkpoint} was written by {counts}: sampling goes on with new seeds")
+        torch.manual_seed(torch.initial_seed() + 1000 * state["step"])
+        return
+    rng = saved["rng"][rank()]
+    torch.set_rng_state(rng["cpu"])
+    if "cuda" in rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])

@@ -1,0 +1,67 @@
+"""Tables of evaluations: the scores of one, and two compared by a paired bootstrap interval."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+
+def average(results: list[dict]) -> dict:
+    """The paper's last column: every benchmark has the same weight. Counts are summed."""
+    averaged, summed = (
+        ("pass@1", "pass@k", "mean_tokens", "truncated"),
+        ("n_problems", "timeouts", "long_prompts"),
+    )
+    mean = {name: statistics.fmean(r[name] for r in results) for name in averaged}
+    mean |= {name: sum(r[name] for r in results) for name in summed}
+    errors = [r["stderr"] for r in results]
+    stderr = None if None in errors else math.hypot(*errors) / len(errors)
+    return mean | {"samples": "", "stderr": stderr}
+
+
+HEADER = "benchmark          problems   K       Pass@1  Pass@K  tokens  truncated  timeouts  too long"
+
+
+def table_row(name: str, r: dict) -> str:
+    """A line under HEADER of what `eval.scores` returns."""
+    pass_1 = f"{100 * r['pass@1']:.1f}" + (f" ± {100 * r['stderr']:.1f}" if r["stderr"] is not None else "")
+    quality = f"{name:<18}{r['n_problems']:>9}{r['samples']:>4}{pass_1:>13}{100 * r['pass@k']:>8.1f}"
+    failures = f"{r['truncated']:>11.1%}{r['timeouts']:>10}{r['long_prompts']:>10}"
+    return f"{quality}{r['mean_tokens']:>8.0f}{failures}"
+
+
+def compare(path_a: str, path_b: str) -> list[str]:
+    """Lines of a table: Pass@1 of two results.json, and B - A with a 95% paired bootstrap interval.
+
+    Raises ValueError, one sentence, where the two do not answer the same problems under the same settings.
+    """
+    try:
+        a, b = (json.loads(Path(path).read_text(encoding="utf-8")) for path in (path_a, path_b))
+        alike = ("benchmarks", "max_new_tokens", "temperature", "top_p")
+        settings = [{name: x["settings"][name] for name in alike} for x in (a, b)]
+        scores = [{name: result["per_problem"] for name, result in x["results"].items()} for x in (a, b)]
+        pairs = {name: np.array([scores[0][name], scores[1][name]]) for name in scores[0]}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        needed = "both must be a results.json of eval.py"
+        raise ValueError(f"cannot compare {path_a} with {path_b} ({error!r}); {needed}") from error
+    if settings[0] != settings[1]:
+        found = f"{path_a} and {path_b} are of {settings[0]} and of {settings[1]}"
+        raise ValueError(f"{found}; evaluate both alike to compare them")
+    lines = [f"{'benchmark':<18}{'A':>7}{'B':>7}{'B - A':>8}   95% interval"]
+    rows = {name: [pair] for name, pair in pairs.items()} | {"average": list(pairs.values())}
+    for name, chosen in rows.items():
+        mean_a, mean_b = 100 * np.mean([pair.mean(axis=1) for pair in chosen], axis=0)
+        low, high = bootstrap([b - a for a, b in chosen])
+        interval = f"[{100 * low:+.1f}, {100 * high:+.1f}]"
+        lines.append(f"{name:<18}{mean_a:>7.1f}{mean_b:>7.1f}{mean_b - mean_a:>+8.1f}   {interval}")
+    return lines
+
+
+def bootstrap(differences: list, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of the mean difference over benchmarks; problems are drawn anew within each."""
+    rng = np.random.default_rng(seed)
+    resample = lambda d: d[rng.integers(len(d), size=len(d))]
+    means = [np.mean([resample(d).mean() for d in differences]) for _ in range(resamples)]
+    return tuple(np.percentile(means, [2.5, 97.5]))

@@ -1,0 +1,28 @@
+"""Grades many responses at once: in threads, so that one that hangs holds up no other, by all processes."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from plumbing.processes import shared_out
+from plumbing.symbolic import CHECKER, WORKERS
+
+
+class Grader:
+    """rule(response text, answers) -> bool grades one response, as `eval.grade` does, in any thread."""
+
+    def __init__(self, rule: Callable[[str, list[str]], bool]):
+        self.rule = rule
+
+    def grade(self, texts: list[str], answers: list[list[str]]) -> list[bool]:
+        """Whether each response text is right; `answers` holds the accepted answers of each."""
+
+        def grade(own: list[tuple[str, list[str]]]) -> list[bool]:
+            with ThreadPoolExecutor(WORKERS) as pool:
+                return [bool(right) for right in pool.map(self.rule, *zip(*own))] if own else []
+
+        return shared_out(list(zip(texts, answers)), [1] * len(texts), grade)
+
+    @property
+    def timeouts(self) -> int:
+        """Symbolic comparisons that this process has given up so far."""
+        return CHECKER.timeouts

@@ -1,0 +1,234 @@
+"""The GPU memory of a run, part by part, from the configuration alone: what `python train.py --plan` prints.
+
+Nothing is loaded but config.json; parameters are counted on torch's meta device. Every function returns bytes
+(1 GB = 1e9) by a formula that tests/test_memory_plan.py holds against measured allocations. The activations
+are those of a decoder layer with two RMSNorms and a gated MLP (Llama, Qwen2, Mistral, ...); in other families
+they are an estimate. Not counted: allocator fragmentation, the CUDA context and NCCL, together a few GB.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from plumbing.settings import InputError
+
+FP32, BF16 = 4, 2  # bytes per number
+TORCH_BATCH_TOKENS = 32768  # TorchEngine's batch_tokens
+DEFAULT_GB = 80  # H100 or A100, where no card is there to ask
+
+
+@dataclass
+class Shape:
+    """Sizes of a model."""
+
+    parameters: int
+    linear: int  # of them in linear layers, which autocast copies; the output layer included
+    layer: int  # of those, in one decoder layer
+    layers: int
+    width: int  # D
+    mlp: int  # M
+    heads: int  # H
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+
+def shape_of(model: str) -> Shape:
+    """From a directory or hub name with a config.json. Raises InputError."""
+    try:
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            net = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        needed = f"the config.json of a causal language model in {model!r}"
+        raise InputError(f"no plan without {needed} ({type(error).__name__})") from None
+    text = config.get_text_config()
+    linear = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Linear))
+    heads, layers, head = text.num_attention_heads, text.num_hidden_layers, net.get_output_embeddings()
+    return Shape(
+        parameters=net.num_parameters(),
+        linear=linear,
+        layer=(linear - head.weight.numel()) // layers,
+        layers=layers,
+        width=text.hidden_size,
+        mlp=text.intermediate_size,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocabulary=text.vocab_size,
+    )
+
+
+# --- Parts ------------------------------------------------------------------------------------------------
+
+
+def weights(s: Shape) -> int:
+    """fp32 master weights: at lr 1e-6 an update is below the resolution of bf16, which would lose it."""
+    return FP32 * s.parameters
+
+
+def gradients(s: Shape) -> int:
+    """fp32, one per parameter; dropped after each optimiser step."""
+    return FP32 * s.parameters
+
+
+def moments(s: Shape) -> int:
+    """AdamW's running mean and square of the gradient, fp32."""
+    return 2 * FP32 * s.parameters
+
+
+def reference(s: Shape, autocast: bool) -> int:
+    """Frozen, so kept in the dtype it computes in."""
+    return (BF16 if autocast else FP32) * s.parameters
+
+
+def casts(linear: int, autocast: bool) -> int:
+    """Autocast's bf16 copies of linear layers, made at their first use in a forward pass and kept for it."""
+    return BF16 * linear if autocast else 0
+
+
+def layer_inputs(s: Shape, tokens: int) -> int:
+    """What checkpointing keeps of every layer: its input, fp32 (autocast leaves the residual stream so)."""
+    return s.layers * FP32 * s.width * tokens
+
+
+def last_hidden(s: Shape, tokens: int) -> int:
+    """After the last layer, fp32: its norm's input, x / rms(x), output, and the response tokens' states."""
+    return 4 * FP32 * s.width * tokens
+
+
+def layer_activations(s: Shape, tokens: int, autocast: bool) -> int:
+    """What backward needs of one layer, without checkpointing of every layer.
+
+    fp32 whatever the autocast: the input x of each of two norms and x / rms(x), 4 D; log-sum-exp of the
+    attention, H; 1 / rms, 2. In the dtype of matrix products: queries and the attention's output, 2 H d;
+    keys and values, 2 H_kv d; the MLP's gate, its activation, the other branch and their product, 4 M; the
+    weighted norms, 2 D, which autocast casts for each of its 5 users.
+    """
+    bytes_each, norm_outputs = (BF16, 5) if autocast else (FP32, 2)
+    product = norm_outputs * s.width + 2 * (s.heads + s.kv_heads) * s.head_dim + 4 * s.mlp
+    return (FP32 * (4 * s.width + s.heads + 2) + bytes_each * product) * tokens
+
+
+def layer_forward(s: Shape, tokens: int, autocast: bool) -> int:
+    """One layer at its widest, the MLP, with nothing kept for backward: gate, activation and the other
+    branch; fp32 the embeddings, the layer's input, the MLP's residual, and its norm."""
+    return (3 * (BF16 if autocast else FP32) * s.mlp + 4 * FP32 * s.width) * tokens
+
+
+def layer_backward(s: Shape, tokens: int, autocast: bool) -> int:
+    """Gradients in flight in one layer: of two more of the MLP's inner values than were freed; fp32, of the
+    residual stream and the branch beside it."""
+    return (2 * (BF16 if autocast else FP32) * s.mlp + 2 * FP32 * s.width) * tokens
+
+
+def logits(s: Shape, chunk: int) -> int:
+    """Forward: log-probs, probabilities and their product, fp32, chunk x V each, for the entropy."""
+    return 3 * FP32 * chunk * s.vocabulary
+
+
+def logits_backward(s: Shape, chunk: int, autocast: bool) -> int:
+    """Backward: log-probabilities and two gradients beside the output layer's gradient so far; then that,
+    the chunk's and their sum.
+
+    Under autocast these weight gradients are bf16, and a bf16 copy of the weight stands beside the logits.
+    """
+    c, w = FP32 * chunk * s.vocabulary, (BF16 if autocast else FP32) * s.vocabulary * s.width
+    return max(3 * c + 2 * w, c // 2 + 3 * w) if autocast else max(3 * c + w, 3 * w)
+
+
+def fci(s: Shape, tokens: int) -> int:
+    """One layer: attention of the heads that share a key to d steps, twice (kernel's and fp32), and masks."""
+    return FP32 * (2 * s.heads // s.kv_heads + 2) * s.head_dim * tokens
+
+
+def kv_token(s: Shape, bytes_each: int = BF16) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * s.layers * s.kv_heads * s.head_dim * bytes_each
+
+
+# --- The plan ---------------------------------------------------------------------------------------------
+
+PHASES = ["sample, score", "forward", "backward: logits", "backward: layers"]  # columns of the plan
+
+
+def plan(s: Shape, run, method, card: float) -> dict[str, list[int]]:
+    """Bytes of every part in each of PHASES. run, method: RunConfig and MethodConfig; card: bytes of GPU
+    memory.
+
+    In a column all rows count as alive at once. Of sampling and scoring, which take turns, the one or the
+    other is then counted too high, by less than a row of it.
+    """
+    longest = method.max_prompt_tokens + method.max_response_tokens
+    tokens, autocast, chunk = max(run.microbatch_tokens, longest), run.autocast != "none", run.logit_chunk
+    whole, layer = casts(s.linear, autocast), casts(s.layer, autocast)
+    activations = layer_activations(s, tokens, autocast)
+    if run.gradient_checkpointing:
+        kept, kept_name = layer_inputs(s, tokens), f"inputs of {s.layers} layers"
+        copies, recomputed = [whole, whole, layer, layer], activations
+    else:
+        kept, kept_name = s.layers * activations, f"activations of {s.layers} layers"
+        copies, recomputed = [whole] * 4, 0
+    hidden, logits_forward = last_hidden(s, tokens), logits(s, chunk)
+    always = lambda size: [size] * 4
+    in_update = lambda size: [0, size, size, size]
+    rows = {
+        "weights": always(weights(s)),
+        "AdamW's moments": always(moments(s)),
+        "reference": always(reference(s, autocast) if method.kl_coef else 0),
+        "gradients": in_update(gradients(s)),
+        "autocast's copies of weights": copies,
+        kept_name: in_update(kept),
+        "last norm, hidden states": [0, hidden, hidden, 0],
+        "one layer": [
+            layer_forward(s, tokens, autocast),
+            0,
+            0,
+            recomputed + layer_backward(s, tokens, autocast),
+        ],
+        "logits of a chunk": [logits_forward, logits_forward, logits_backward(s, chunk, autocast), 0],
+        "FCI": [fci(s, tokens), 0, 0, 0],
+    }
+    if run.engine == "torch":
+        rows["engine: cache"] = [kv_token(s, FP32) * max(TORCH_BATCH_TOKENS, longest), 0, 0, 0]
+    else:
+        alive = (lambda size: [size, 0, 0, 0]) if run.engine_sleep else always
+        rows["engine: weights, bf16"] = alive(BF16 * s.parameters)
+        rows["engine: cache"] = alive(max(0, int(run.gpu_memory * card) - BF16 * s.parameters))
+    return rows
+
+
+def report(run, method) -> str:
+    """The plan as text. Raises InputError if there is no config.json."""
+    s, card = shape_of(run.model), 1e9 * (run.gpu_gb or DEFAULT_GB)
+    if torch.cuda.is_available() and not run.gpu_gb:
+        card = torch.cuda.get_device_properties(0).total_memory
+    rows = plan(s, run, method, card)
+    totals = [sum(column) for column in zip(*rows.values())]
+    name = run.model.rstrip("/").split("/")[-1]
+    lines = [f"{name}: {s.parameters / 1e9:.2f} B parameters; GB of a card of {card / 1e9:.0f}"]
+    lines += [f"{'':30s}" + "".join(f"{phase:>18s}" for phase in PHASES)]
+    for name, sizes in [*rows.items(), ("sum", totals)]:
+        if any(sizes):
+            cells = [f"{size / 1e9:.1f}" if size else "-" for size in sizes]
+            lines.append(f"{name:30s}" + "".join(f"{cell:>18s}" for cell in cells))
+    longest = method.max_prompt_tokens + method.max_response_tokens
+    if run.engine != "torch":
+        room = max(rows["engine: cache"]) // kv_token(s)
+        at_once = f"{room // longest} responses of {longest:,} tokens, prompts included, at once"
+        less = "less what vLLM takes for its own activations"
+        lines.append(f"cache: {kv_token(s):,} bytes per token, so {room:,} tokens, or {at_once}; {less}")
+    worst = totals.index(max(totals))
+    left, peak = (card - totals[worst]) / 1e9, PHASES[worst]
+    if left >= 0:
+        return "\n".join([*lines, f"fits: {left:.1f} GB are left at the peak ({peak})"])
+    lines.append(f"does not fit: {-left:.1f} GB too much at the peak ({peak})")
+    sharded = [sum(sizes) for sizes in zip(rows["weights"], rows["AdamW's moments"], rows["gradients"])]
+    rest = [total - part for total, part in zip(totals, sharded)]
+    if max(rest) < card:
+        cards = max(-(-part // int(card - other)) for part, other in zip(sharded, rest))
+        room = f"over {cards} cards (FSDP) would make room, but for the layer it gathers"
+        lines.append(f"sharding weights, moments and gradients {room}")
+    return "\n".join(lines)

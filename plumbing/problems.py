@@ -1,0 +1,115 @@
+"""Problems with answers, from files or datasets and checked row by row; the order of their visits."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from plumbing.models import context_length, prompt_ids
+from plumbing.processes import rank
+
+
+def load_problems(source: str, split="train", problem="problem", answer="answer") -> list[dict]:
+    """[{"problem": str, "answers": [str, ...]}] of a .jsonl, .json or .parquet file or a Hugging Face
+    dataset.
+
+    `problem` and `answer` name the columns; an answer is text, a number, or a list of them. `split` is for
+    hub datasets only. Raises ValueError, one sentence with the value and the remedy, for all that can be
+    wrong.
+    """
+    try:
+        rows = _read_rows(source, split)
+    except Exception as error:  # json, unicode, pyarrow, datasets and the network each have their own
+        reason = " ".join(str(error).split())
+        remedy = "give an intact .jsonl, .json or .parquet file, or name and split of a hub dataset in reach"
+        raise ValueError(f"cannot read {source!r}, split {split!r} ({reason}); {remedy}") from error
+    if not isinstance(rows, list) or not rows:
+        needed = f"it needs a list of rows with `{problem}` and `{answer}`"
+        raise ValueError(f"{source} holds no problems; {needed}")
+    return [_problem(row, f"row {i} of {source}", problem, answer) for i, row in enumerate(rows, 1)]
+
+
+def _read_rows(source: str, split: str) -> list:
+    path = Path(source)
+    if (
+        path.suffix == ".jsonl"
+    ):  # not through `datasets`: it wants one type per column, and answers may mix them
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line.strip()]
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8") or "[]")
+    from datasets import Dataset, disable_progress_bars, load_dataset
+
+    disable_progress_bars()
+    if path.suffix == ".parquet":
+        return Dataset.from_parquet(source, keep_in_memory=True).to_list()
+    return load_dataset(source, split=split).to_list()
+
+
+def _problem(row: object, where: str, problem: str, answer: str) -> dict:
+    """{"problem", "answers"} from one row, checked; `where` names the row in errors."""
+    if not isinstance(row, dict) or not {problem, answer} <= row.keys():
+        found = f"the columns {', '.join(row)}" if isinstance(row, dict) else repr(row)[:80]
+        raise ValueError(f"{where} has {found}; it needs `{problem}` and `{answer}`")
+    answers = row[answer] if isinstance(row[answer], list) else [row[answer]]
+    if not isinstance(row[problem], str) or not row[problem].strip():
+        raise ValueError(f"{where} has the problem {row[problem]!r}; it needs some text")
+    if not answers or not all(map(_is_answer, answers)):
+        raise ValueError(f"{where} has the answer {row[answer]!r}; it needs text, a number, or a list")
+    return {"problem": row[problem], "answers": [str(a).strip() for a in answers]}
+
+
+def _is_answer(a: object) -> bool:
+    return isinstance(a, str | int | float) and not isinstance(a, bool) and str(a).strip() != ""
+
+
+def fitting(problems: list[dict], name: str, tokenizer, longest: int, long_prompts: str) -> list[dict]:
+    """Problems with their `prompt_ids`; longer ones are left out, or refused (ValueError, which says
+    `name`)."""
+    found = []
+    for p in tqdm(problems, desc=name, delay=2, disable=rank() > 0):
+        found.append(p | {"prompt_ids": prompt_ids(tokenizer, p["problem"])})
+    lengths = [len(p["prompt_ids"]) for p in found]
+    too_long = sum(n > longest for n in lengths)
+    if too_long and long_prompts == "refuse":
+        raise ValueError(
+            f"{too_long} of {len(problems)} prompts of {name} are longer than max_prompt_tokens={longest} "
+            f"(the longest has {max(lengths)} tokens): raise it, or pass --long_prompts skip"
+        )
+    if too_long == len(problems):
+        raise ValueError(f"no prompt of {name} fits into max_prompt_tokens={longest}: raise it")
+    return [p for p, n in zip(found, lengths) if n <= longest]
+
+
+def load_fitting(run, method, tokenizer) -> tuple[list[dict], list[dict]]:
+    """Training and held-out problems, with every prompt and response known to fit. Raises ValueError.
+
+    run, method: RunConfig and MethodConfig.
+    """
+    longest, context = method.max_prompt_tokens, context_length(run.model)
+    needed = longest + method.max_response_tokens
+    if needed > context:
+        has = f"exceeds the model's context of {context} tokens"
+        raise ValueError(f"max_prompt_tokens + max_response_tokens = {needed} {has}: lower one of them")
+    train, test = load_problems(run.train_data, "train"), load_problems(run.test_data, "test")
+    test = test[: run.eval_problems or None]
+    train = fitting(train, "train_data", tokenizer, longest, run.long_prompts)
+    return train, fitting(test, "test_data", tokenizer, longest, run.long_prompts)
+
+
+class Stream:
+    """An endless stream of the problems that visits all of them in a new order in each epoch."""
+
+    def __init__(self, problems: list[dict], seed: int):
+        self.problems, self.seed = problems, seed
+        self.order = functools.lru_cache(maxsize=2)(self._order)  # of an epoch
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.problems))
+
+    def __getitem__(self, place: slice) -> list[dict]:
+        """Problems place.start to place.stop of the stream."""
+        places = (divmod(i, len(self.problems)) for i in range(place.start, place.stop))
+        return [self.problems[self.order(epoch)[index]] for epoch, index in places]

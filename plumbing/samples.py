@@ -1,0 +1,58 @@
+"""An evaluation's directory: what decides its samples, and files of samples that can be continued."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from plumbing.checkpoints import append, digest
+
+
+class SampleFile:
+    """Samples of one benchmark, a line of JSON each, `chunk` at a time, with a progress bar."""
+
+    def __init__(self, path: Path, chunk: int, seed: int = 0):
+        self.path, self.chunk, self.seed = path, chunk, seed
+        self.n_rows, self.bar = 0, None
+
+    def open(self, n_samples: int) -> list[dict]:
+        """What the file holds; an interrupted chunk is cut off. ValueError for more than n_samples."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        n_whole = sum(line.endswith(b"\n") for line in lines)  # the last one may be torn
+        if n_whole > n_samples:
+            remedy = "mend it, or use another --output_dir"
+            raise ValueError(f"{self.path} has {n_whole} samples, the evaluation only {n_samples}: {remedy}")
+        lines = lines[: n_whole if n_whole == n_samples else n_whole // self.chunk * self.chunk]
+        if self.path.exists():
+            os.truncate(self.path, sum(map(len, lines)))
+        self.n_rows = len(lines)
+        self.bar = tqdm(total=n_samples, initial=self.n_rows, desc=self.path.stem, unit="sample")
+        return [json.loads(line) for line in lines]
+
+    def seed_next_chunk(self) -> None:
+        """Random numbers that depend on nothing but the seed, the file's name and the chunk's place."""
+        place = hashlib.sha256(f"{self.seed} {self.path.stem} {self.n_rows}".encode()).digest()
+        torch.manual_seed(int.from_bytes(place[:8], "big"))
+
+    def add(self, rows: list[dict]) -> None:
+        """Append a chunk, and force it onto the disk."""
+        append(self.path, *rows)
+        self.n_rows += len(rows)
+        self.bar.update(len(rows))
+
+
+def describe(args, benchmarks: dict[str, tuple[list[dict], int]], engine: str) -> dict:
+    """All that decides samples and scores: flags, weights, problems, samples per problem."""
+    names = ("model", "max_new_tokens", "temperature", "top_p", "seed", "chunk")
+    settings = {name: getattr(args, name) for name in names}
+    if Path(args.model).is_dir():
+        settings["model"] = str(Path(args.model).resolve())
+        settings["weights"] = [digest(path)[:16] for path in sorted(Path(args.model).glob("*.safetensors"))]
+    settings |= {"engine": engine, "benchmarks": {}}
+    for name, (problems, samples) in benchmarks.items():
+        content = hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
+        settings["benchmarks"][name] = {"problems": len(problems), "samples": samples, "sha256": content}
+    return settings

@@ -1,0 +1,146 @@
+"""Which engine samples, and vLLM's calls in order. What vLLM itself does is tested in test_vllm.py."""
+
+import importlib.machinery
+import sys
+import types
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from helpers import one_sentence
+
+from plumbing.engines import make_engine, resolve_engine
+from plumbing.models import load_model, load_tokenizer
+from plumbing.settings import MachineConfig
+from plumbing.torch_engine import TorchEngine
+from plumbing.vllm_engine import VLLM_VERSION, VLLMEngine
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(str(TINY))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(str(TINY))
+
+
+class FakeLLM:
+    """Records what vLLM is asked for."""
+
+    def __init__(self, *args, **settings):
+        self.settings, self.calls, self.drops_prefixes = settings, [], True
+
+    def sleep(self, **kwargs):
+        self.calls.append(("sleep", kwargs))
+
+    def wake_up(self, **kwargs):
+        self.calls.append(("wake_up", kwargs))
+        return kwargs["tags"] == ["kv_cache"]  # awake once both are back
+
+    def collective_rpc(self, name, kwargs):
+        self.calls.append((name, [n for n, _ in kwargs["weights_iterator"]]))
+
+    def reset_prefix_cache(self):
+        self.calls.append(("reset_prefix_cache",))
+        return self.drops_prefixes
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch):
+    """A module `vllm` with the right version, and CUDA."""
+    module = types.ModuleType("vllm")
+    module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
+    module.__version__, module.LLM = VLLM_VERSION, FakeLLM
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return module
+
+
+def test_requirements_pin_the_version_that_is_checked():
+    pins = (ROOT / "requirements-gpu.txt").read_text().split()
+    assert f"vllm=={VLLM_VERSION}" in pins
+
+
+def test_auto_takes_vllm_only_where_it_can_run(fake_vllm, monkeypatch):
+    assert resolve_engine("auto")[0] == resolve_engine("vllm")[0] == "vllm"
+    assert resolve_engine("torch")[0] == "torch"
+    fake_vllm.__version__ = VLLM_VERSION + "+cpu"
+    assert resolve_engine("auto")[0] == "vllm"
+    reasons = {
+        "version": "0.1.0 is installed",
+        "cuda": "no CUDA device",
+        "missing": "not installed",
+        "import": "does not import",
+    }
+    for breakage, mention in reasons.items():
+        with monkeypatch.context() as patch:
+            if breakage == "version":
+                patch.setattr(fake_vllm, "__version__", "0.1.0")
+            elif breakage == "import":  # such as a build for another torch
+                patch.delattr(fake_vllm, "__version__")
+            elif breakage == "cuda":
+                patch.setattr(torch.cuda, "is_available", lambda: False)
+            else:
+                patch.setattr("importlib.util.find_spec", lambda name: None)
+            chosen, why_not = resolve_engine("auto")
+            assert chosen == "torch" and mention in why_not
+            if breakage == "cuda":  # vLLM has a CPU build: asked for by name, it is taken
+                assert resolve_engine("vllm")[0] == "vllm"
+            else:
+                with pytest.raises(ValueError) as error:
+                    resolve_engine("vllm")
+                one_sentence(error, mention.split()[-1], "requirements-gpu.txt", "--engine torch")
+
+
+def test_a_vllm_that_does_not_start_is_one_sentence_or_replaced(fake_vllm, model, tokenizer, capsys):
+    def no_memory(*args, **settings):
+        raise ValueError("Free memory on device (1.0/80.0 GiB)\nis less than desired")
+
+    fake_vllm.LLM = no_memory
+    with pytest.raises(ValueError) as error:
+        make_engine(MachineConfig(engine="vllm"), str(TINY), tokenizer, model, max_tokens=256)
+    one_sentence(error, "Free memory on device", "gpu_memory", "--engine torch")
+    made = make_engine(MachineConfig(engine="auto"), str(TINY), tokenizer, model, max_tokens=256)
+    assert isinstance(made, TorchEngine) and made.model is model
+    assert "Free memory on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["torch", "auto"])
+def test_plain_pytorch_samples_from_the_given_model_and_says_why(name, model, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    made = make_engine(MachineConfig(engine=name), str(TINY), tokenizer, model, max_tokens=256)
+    assert isinstance(made, TorchEngine) and made.model is model
+    why = {"torch": "as asked", "auto": "vLLM is not installed"}[name]
+    assert capsys.readouterr().err == f"engine: plain PyTorch ({why})\n"
+
+
+def test_vllm_is_asked_for_what_the_engine_needs(fake_vllm, tokenizer):
+    machine = MachineConfig(engine="vllm", gpu_memory=0.25, engine_sleep=True)
+    settings = make_engine(machine, str(TINY), tokenizer, max_tokens=300, seed=3).llm.settings
+    wanted = dict(
+        max_model_len=300,
+        seed=3,
+        gpu_memory_utilization=0.25,
+        enable_sleep_mode=True,
+        enable_prefix_caching=True,
+    )
+    assert wanted.items() <= settings.items() and settings["logprobs_mode"] == "processed_logprobs"
+
+
+def test_sleep_mode_wakes_weights_then_pushes_then_wakes_the_cache(fake_vllm, model, tokenizer):
+    """vLLM's sleep mode needs a GPU: here only the order of the calls is shown, on a recorder."""
+    names = list(model.state_dict())
+    push = [("reload_weights", names), ("reset_prefix_cache",)]
+    waking = [("wake_up", {"tags": ["weights"]}), *push, ("wake_up", {"tags": ["kv_cache"]})]
+    for sleep_mode, expected in ((True, [("sleep", {"level": 2}), *waking, *push]), (False, [*push, *push])):
+        engine = VLLMEngine(str(TINY), tokenizer, 256, sleep_mode=sleep_mode)
+        engine.sleep()
+        engine.sleep()
+        engine.load(model)
+        engine.load(model)
+        assert engine.llm.calls == expected
+    engine.llm.drops_prefixes = False
+    with pytest.raises(RuntimeError, match="kept prefixes"):
+        engine.load(model)
