@@ -13,10 +13,11 @@ with the new problems and nothing due, then with nothing new and the same proble
 N counts the response tokens of a minibatch, r is the ratio to the policy that sampled the token (by the
 log-probs of scoring, not the engine's), A the advantage of tree.py.
 
-Three machines do the heavy work; nothing here depends on how, and a few lines can replace each:
+Three machines do the heavy work; nothing here depends on how, and a few lines can replace each. They are
+handed lists of what plumbing/nouns.py defines, and answer in the same order:
 
     engine    generate(requests, temperature, top_p) -> responses; load(model), sleep(), close()
-    learner   score(sequences, with_entropy) -> scores; update(sequences, loss, divisors) -> report; model
+    learner   score(sequences, with_entropy) -> scores; update(sequences, loss, divisors) -> report; .model
     grader    grade(texts, answers) -> list of bool
 
 What is not here: critic, reward model, entropy bonus, length penalty, learning-rate schedule.
@@ -142,7 +143,7 @@ class Rollout:
         return Measured(self.step_texts, starts, fci, entropies, self.reward, self.n_scored)
 
     def for_loss(self) -> dict[str, list[float]]:
-        """Arguments of `policy_loss`, (L,) each."""
+        """Arguments of `policy_loss` by name, (L,) each."""
         return {"old_logps": self.logps, "engine_logps": self.engine_logps, "advantages": self.advantages}
 
 
@@ -170,12 +171,12 @@ class Problem:
 
 
 def policy_loss(logps, ref_logps, old_logps, engine_logps, advantages, cfg: MethodConfig):
-    """Loss of each token (Eq. 1, negated), to be summed over a minibatch and divided by N.
+    """Loss of each token (Eq. 1, negated); the learner sums it over the minibatch and divides by N.
 
-    All tensors (N,), fp32; ref_logps may be None when kl_coef is 0. Returns the loss, and to be logged
-    "clipped" and "kl", (N,) each.
+    All tensors (n,), fp32, of the response tokens of one forward pass: logps, ref_logps (None if kl_coef is
+    0) and what `Rollout.for_loss` names. Also returns "clipped" and "kl", to be logged.
     """
-    if cfg.old_logps == "engine":  # truncated importance weights, which are positive and move into the min
+    if cfg.old_logps == "engine":  # truncated importance weights; as they are > 0, weighting A is enough
         advantages = advantages * (old_logps - engine_logps).exp().clamp(max=cfg.max_importance)
     ratio = (logps - old_logps).exp()
     gain = ratio * advantages
@@ -183,8 +184,8 @@ def policy_loss(logps, ref_logps, old_logps, engine_logps, advantages, cfg: Meth
     loss = -torch.minimum(gain, clipped_gain)  # Eq. 1, first term
     kl = torch.zeros_like(loss)
     if cfg.kl_coef:
-        r = ref_logps - logps
-        kl = r.exp() - r - 1  # k3 estimator of KL(policy || reference)
+        log_ratio = ref_logps - logps
+        kl = log_ratio.exp() - log_ratio - 1  # k3 estimator of KL(policy || reference)
         loss = loss + cfg.kl_coef * kl
     return loss, {"clipped": clipped_gain < gain, "kl": kl.detach()}
 
@@ -204,10 +205,9 @@ class AttnRL:
         self.pending: list[Problem] = []  # sampled and planned, not yet branched
 
     def step(self, new: list[Problem], clock) -> tuple[list[Problem], list[dict[str, float]]]:
-        """Sample `new`, train on the batch that is due; return it, and the learner's report of each update.
+        """Sample `new`, train on the batch due; return that batch, and the learner's report of each update.
 
-        Off-policy, due is what the last call sampled: nothing in the first call. `with clock(name)` times a
-        part.
+        Off-policy, due is what the last call sampled: at first nothing. `with clock(name)` times a part.
         """
         cfg, updates = self.cfg, []
         if cfg.off_policy:
@@ -251,7 +251,7 @@ class AttnRL:
         if not requests:
             return []
         responses = self.engine.generate(requests, temperature=cfg.temperature, top_p=cfg.top_p)
-        for (_, rollout), response in zip(fresh, responses):
+        for (_, rollout), response in zip(fresh, responses, strict=True):
             rollout.ids += response.ids
             rollout.engine_logps += response.logps
             rollout.finished = response.finish_reason == "stop"
@@ -264,7 +264,7 @@ class AttnRL:
         return self.grader.grade(texts, [problem.answers for problem, _ in fresh])
 
     def score(self, fresh: list[tuple[Problem, Rollout]]) -> list[Score]:
-        """Log-probs under the current policy; of initial responses entropies, and FCI where it is used."""
+        """Log-probs under the current policy; of initial responses, which come first, entropies and FCI."""
         with_fci = self.cfg.branching == "fci" or self.cfg.fci_filter != "none"
         initial, continuations = [], []
         for problem, rollout in fresh:
@@ -277,7 +277,7 @@ class AttnRL:
 
     def record(self, fresh: list[tuple[Problem, Rollout]], rewards: list[bool], scores: list[Score]) -> None:
         """Write results into the rollouts, and add those to their problems. Raises EngineMismatch."""
-        for (problem, rollout), reward, score in zip(fresh, rewards, scores):
+        for (problem, rollout), reward, score in zip(fresh, rewards, scores, strict=True):
             rollout.reward = float(reward)
             rollout.logps += score.logps[rollout.start :].tolist()  # prefix: of the policy that sampled it
             if score.entropies is not None:
@@ -285,7 +285,9 @@ class AttnRL:
             if score.fci is not None:
                 rollout.fci = fci_of_response(score.fci, rollout.n_scored, len(rollout.steps))
             problem.rollouts.append(rollout)
-        bound = self.cfg.max_engine_gap - math.log(self.cfg.top_p)  # top-p raises the engine's by that
+        bound = self.cfg.max_engine_gap - math.log(
+            self.cfg.top_p
+        )  # top-p raises the engine's log-probs by up to that
         check_gap([rollout.gaps() for _, rollout in fresh], bound, "on the tokens sampled in this step")
 
     def plan(self, problem: Problem) -> None:

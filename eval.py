@@ -24,7 +24,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from plumbing.answers import boxed_answer, equal
-from plumbing.checkpoints import open_directory
+from plumbing.checkpoints import closing_directories, open_directory
 from plumbing.compare import HEADER, average, compare, table_row
 from plumbing.engines import make_engine, resolve_engine
 from plumbing.models import context_length, load_tokenizer, prompt_ids
@@ -169,9 +169,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         metavar="RESULTS",
         help="print the difference of two results.json, and nothing else",
     )
-    with_underscores = [
-        re.sub("^--[a-z-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), x) for x in argv
-    ]
+    underscores = lambda flag: "--" + flag[0][2:].replace("-", "_")
+    with_underscores = [re.sub("^--[a-z-]+", underscores, text) for text in argv]
     args = parser.parse_args(with_underscores)
     if not args.model and not args.compare:
         parser.error("--model is missing; give a checkpoint folder or a hub name")
@@ -200,6 +199,7 @@ def load_benchmarks(args: argparse.Namespace) -> dict[str, tuple[list[dict], int
     return benchmarks
 
 
+@closing_directories()
 def run(args: argparse.Namespace) -> None:
     """Evaluate, print the table, write the files. Raises ValueError before anything is sampled."""
     benchmarks = load_benchmarks(args)

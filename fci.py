@@ -5,7 +5,7 @@
     FCI[k]        maximum of y[k] over all layers and heads                      (Eq. 6), in [0, T], unitless
 
 A step that many later steps attend to carries the reasoning, so AttnRL samples again from there (tree.py).
-If, for example, every later token attends to step 3 alone, FCI[3] is the number of steps from 3 + delta on.
+If every later token attends to a step 3 of one token alone, FCI[3] is the number of steps from 3 + delta on.
 
 Dimensions: B sequences, L tokens, S = 1 + T steps (step 0 is the prompt), H query heads of width d, Q of
 which share a key.
@@ -23,11 +23,12 @@ right-padded and need no padding mask: causality hides the padding.
 
 **Without an L x L matrix.** Attention is linear in its values. Running fused attention with *step indicators*
 as values (column k is 1 on the tokens of step k) returns the summed attention of every token to every step.
-Indicators are 0 or 1, exact in bf16; divisions and sums follow in fp32. docs/engines.md says what it costs.
+Indicators are 0 or 1, exact in bf16 as 1 / tokens of a step would not be; the kernel's result is in the dtype
+of queries, all that follows in fp32. docs/engines.md says what it costs.
 
-From the released code, not the paper: steps fall back to single line breaks, then to tokens; the prompt, the
-first step, and everything from the last `</think>` on score 0. Ours: before falling back we look for a blank
-line made of two tokens, as some tokenizers write it; otherwise the lone second line break would be a step.
+From the released code, not the paper: where no blank line is, single line breaks end steps, or else every
+token is one; the prompt, the first step, and everything from the last `</think>` on score 0. Ours: a blank
+line may also be two tokens, as some tokenizers write it.
 """
 
 from collections.abc import Callable
@@ -72,8 +73,8 @@ def split_steps(token_texts: list[str]) -> list[tuple[int, int]]:
 
 def count_scored_steps(token_texts: list[str], steps: list[tuple[int, int]]) -> int:
     """How many leading steps may score: those before the step with the last `</think>`, or all."""
-    answers = [k for k, (start, end) in enumerate(steps) if THINK_END in "".join(token_texts[start:end])]
-    return answers[-1] if answers else len(steps)
+    ends = [k for k, (start, end) in enumerate(steps) if THINK_END in "".join(token_texts[start:end])]
+    return ends[-1] if ends else len(steps)
 
 
 def step_ids_of(prompt_length: int, steps: list[tuple[int, int]]) -> list[int]:
@@ -150,9 +151,9 @@ def attention_to_steps(query, key, step_ids, n_steps: int, reduce: Callable, mas
     """What `reduce` makes of the attention from each token to each step, in one layer: (B, H, ..., n_steps).
 
     query (B, H, L, d), key (B, H / Q, L, d): after rotary embedding. step_ids (B, L): long, PADDING where
-    padded. mask: None (causal) or what `scaled_dot_product_attention` takes. reduce(attended, k) -> (B, Q,
-    ..., K) gets attended (B, Q, L, K) fp32, each token's attention to all tokens of each of the steps k (K,)
-    together.
+    padded. mask: None (causal) or what `scaled_dot_product_attention` takes. reduce(attended, k) gets
+    attended (B, Q, L, K) fp32, each token's attention summed over step k's tokens, for K steps k; returns (B,
+    Q, ..., K).
 
     Fused kernels want values as wide as keys, so K <= d steps go at a time. Keys are expanded, not copied,
     for the Q heads that share one; `enable_gqa` would end, without flash attention, in the kernel that writes
@@ -174,8 +175,8 @@ def attention_to_steps(query, key, step_ids, n_steps: int, reduce: Callable, mas
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, step_hook=None, **kwargs):
-    """`sdpa_attention_forward`, which `step_hook` may look at. ValueError for what no fused kernel
-    computes."""
+    """`sdpa_attention_forward` that shows queries and keys to `step_hook`. ValueError for soft-caps,
+    sinks."""
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         what = f"{type(module).__name__} caps its attention scores or has attention sinks"
         raise ValueError(f"{what}, which fused attention would silently drop")

@@ -1,7 +1,7 @@
 """Adaptive sampling: which problems are worth the next tokens (Eq. 8 to 10).
 
-Three numbers decide where the next tokens go:
-- which problems are branched: those that every initial response solves only if their FCI is high (Eq. 8);
+Three decisions say where the next tokens go:
+- which problems are branched: one that all its initial responses solve only if its FCI is high (Eq. 8);
 - how many of a problem's initial responses are branched: more where it fails more (Eq. 9);
 - how many problems the next batch holds: its sequences with non-zero advantage are to meet a target (Eq. 10).
 
@@ -28,8 +28,7 @@ def expansion(rewards: list[float]) -> int:
 
 
 def choose_responses(rewards: list[float], count: int, rng: np.random.Generator) -> list[int]:
-    """Indices of the `count` initial responses to branch: the rarer outcome first, at random within an
-    outcome."""
+    """Indices of the `count` responses to branch: the rarer outcome first, at random within an outcome."""
     correct = [r > 0.5 for r in rewards]
     correct_are_rarer = 2 * sum(correct) <= len(correct)
     order = sorted(rng.permutation(len(rewards)).tolist(), key=lambda i: correct[i] != correct_are_rarer)

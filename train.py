@@ -11,8 +11,9 @@ Defaults are the paper's. A preset and an algorithm override some of them; flags
     curves.png       the run at a glance       rollouts.jsonl   trees with text, FCI and advantages
     checkpoint-N/    weights in Hugging Face format, with all that is needed to go on
 
-The same command again resumes from the last complete checkpoint, to the same weights as a run that was never
-stopped. SIGTERM makes a run save a checkpoint at the end of the current step and stop (docs/recovery.md).
+The same command again resumes from the last complete checkpoint (docs/recovery.md): with the plain engine on
+a CPU to the same weights as a run that was never stopped. After SIGTERM a run saves a checkpoint at the end
+of the current training step and stops.
 """
 
 from dataclasses import asdict, dataclass
@@ -71,6 +72,7 @@ class RunConfig(MachineConfig):
     eval_temperature: float = HfArg(default=0.6, help="of evaluation")
     save_every: int = HfArg(default=50, help="steps between checkpoints; the last step is always saved")
     keep_checkpoints: int = HfArg(default=2, help="how many to keep")
+    same_run: bool = HfArg(default=False, help="go on with a run although source files have changed since")
     long_prompts: Literal["refuse", "skip"] = HfArg(default="refuse", help="those above max_prompt_tokens")
 
 
@@ -174,11 +176,13 @@ def get_ready(run: RunConfig, method: MethodConfig) -> Ready | None:
         trainer.load_state(state["method"])
     few = [p["prompt_ids"] for p in train_problems[:8]]
     n_tokens = min(16, method.max_response_tokens)
+    # The engine starts from `run.model`: this is also the push of the weights of a checkpoint.
     verify_sync(trainer.engine.own, trainer.learner, few, method.max_engine_gap, n_tokens)
     log = logs.Log(out, state.get("log_lines", {}))
     return Ready(trainer, tokenizer, Stream(train_problems, run.seed), test_problems, progress, log)
 
 
+@checkpoints.closing_directories()
 def train(run: RunConfig, method: MethodConfig, stop=lambda: False) -> None:
     """One run, from checked input to the last checkpoint, or to one after the step in which `stop()` is true.
 

@@ -53,6 +53,7 @@ def fci_candidates(fci: np.ndarray, quantile: float) -> np.ndarray:
 
 
 # A rule returns token positions of one response, the best first; `branch_points` takes as many as it may.
+# quantile: rho, the share of steps that are candidates.
 
 
 def by_fci(response: Measured, quantile: float, rng) -> list[int]:
@@ -86,10 +87,10 @@ RULES = {  # by the value of `--branching`
 def branch_points(rule: str, response: Measured, n: int, quantile: float, gap: int, rng) -> list[int]:
     """Up to `n` token positions of one response from which to sample again, ascending.
 
-    The positions that the rule prefers, then the earliest steps, as far as they obey what holds for all
-    rules: never token 0, nothing from the step with the last `</think>` on, and at least `gap` tokens from
-    each other and from the response's start. gap is meant for a response of `REFERENCE_LENGTH` tokens;
-    shorter ones scale it down in proportion.
+    These are the positions that the rule prefers; where they run out, the earliest steps. All rules obey:
+    never token 0, nothing from the step with the last `</think>` on, and at least `gap` tokens between each
+    other and from the response's start. gap is meant for a response of `REFERENCE_LENGTH` tokens; shorter
+    ones scale it.
 
     >>> response = Measured(["…"] * 5, [0, 9, 18, 27, 36], np.array([0, 1, 5, 2, 9.0]), np.zeros(45), 1.0, 5)
     >>> branch_points("fci", response, n=2, quantile=0.4, gap=0, rng=np.random.default_rng(0))
@@ -183,8 +184,7 @@ def tree_advantages(leaves: list[Leaf]) -> list[np.ndarray]:
 
 
 def group_advantages(leaves: list[Leaf]) -> list[np.ndarray]:
-    """GRPO: (R - mean) / std over the group, for all tokens alike. Rewards must differ; sample std, as
-    verl."""
+    """GRPO: (R - mean) / std over the group, for all tokens alike; sample std. Rewards must differ."""
     rewards = np.array([leaf.reward for leaf in leaves])
     normalised = (rewards - rewards.mean()) / rewards.std(ddof=1)
     return [np.full(leaf.length, a, dtype=np.float32) for leaf, a in zip(leaves, normalised)]

@@ -25,8 +25,7 @@ class EngineMismatch(RuntimeError):
 def check_gap(gaps: list[np.ndarray], bound: float, when: str) -> None:
     """Raises EngineMismatch if the mean |gap| per token exceeds `bound`, nats.
 
-    gaps: log-prob of the trainer - log-prob of the engine of each token, an array per sequence. when:
-    begins the message.
+    gaps: log-prob of trainer - engine of each token, an array per sequence. when: begins the message.
     """
     if not gaps:
         return

@@ -19,28 +19,21 @@ from itertools import accumulate, pairwise
 
 from plumbing.symbolic import CHECKER
 
-UNIT = (
-    r"\s*\\(?:text|mbox|mathrm)\s*\{(?!\s*[aApP]\.?[mM]\b)[^{}]*\}(?:\s*\^\s*\{?-?[0-9]\}?)?"  # \text{ cm}^2
-)
+UNIT = r"\s*\\(?:text|mbox|mathrm)\s*\{(?!\s*[aApP]\.?[mM]\b)[^{}]*\}"  # \text{ cm}, but not \text{ AM}
+UNIT += r"(?:\s*\^\s*\{?-?[0-9]\}?)?"  # ^2
 TEXT_UNITS = rf"(?<=[\w}})\]])(?:{UNIT})+$"
 WORDS = "degree|dollar|cent|euro|unit|second|minute|hour|day|year|foot|feet|inche?|mile"
 APART = "~"  # between digits that are two numbers
 REWRITES = [  # pattern, replacement; in this order
     ("[–−]", "-"),
     (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
-    (
-        r"(?<!\\)\\[!,;: ]|\\(?:left|right|displaystyle|quad)(?![a-zA-Z])",
-        "",
-    ),  # spacing; not "\\ ", the end of a matrix row
+    (r"(?<!\\)\\[!,;: ]|\\(?:left|right|displaystyle|quad)(?![a-zA-Z])", ""),  # not "\\ ", a matrix row's end
     (r"(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|°)(?:\s*[CF]$)?|\\?%", ""),
     (r"\{,\}", ","),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (TEXT_UNITS, ""),
     (r"\\(?:text|textbf|textit|mbox|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1"),
-    (
-        rf"(?<=[0-9])\s*(?:{WORDS})s?(?:\^[0-9])?$",
-        "",
-    ),
+    (rf"(?<=[0-9])\s*(?:{WORDS})s?(?:\^[0-9])?$", ""),
     (r"(?<=[0-9}])\s+(?:[cmk]?m|kg|Hz)(?:\^[0-9])?$", ""),  # needs the space: 2m may be twice a variable
     (r"(?<![\w.}])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9.])", r"\1\\frac{\2}{\3}"),  # 5 3/4 is not 53/4
     (r"(?<=[0-9])\s+(?=[0-9]{3}(?![0-9]))", ""),  # 1 000
@@ -89,15 +82,12 @@ def number(text: str) -> Fraction | None:
     >>> number("-1,000.5"), number(r"1\frac{4}{5}"), number("3e-2"), number("2x")
     (Fraction(-2001, 2), Fraction(9, 5), Fraction(3, 100), None)
     """
-    text = re.sub(
-        r"^[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?=\.|$)", lambda thousands: thousands[0].replace(",", ""), text
-    )
+    without_commas = lambda match: match[0].replace(",", "")
+    text = re.sub(r"^[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?=\.|$)", without_commas, text)
     text = re.sub(r"\\frac\{([0-9]+)\}\{([0-9]+)\}$", r" \1/\2", text)
     text = re.sub(r"(?:\\times|\\cdot)10\^\{?([+-]?[0-9]+)\}?$", r"e\1", text)
-    fraction, decimal = (
-        r"[0-9]* ?[0-9]+/[0-9]+",
-        r"[0-9]*\.?[0-9]*(?:[eE][+-]?[0-9]{1,3})?",
-    )  # a short exponent
+    fraction = r"[0-9]* ?[0-9]+/[0-9]+"
+    decimal = r"[0-9]*\.?[0-9]*(?:[eE][+-]?[0-9]{1,3})?"  # an exponent of three digits cannot explode
     if not re.fullmatch(rf"(?=.*[0-9])[+-]?(?:{fraction}|{decimal})", text):
         return None
     try:
@@ -111,17 +101,15 @@ def elements(answer: str) -> tuple[str, list[str]] | None:
     """Brackets and elements of a tuple or interval: "(1, 2]" is ("(]", ["1", " 2"]); None for others."""
     text = re.sub(r"\\(?:left|right)(?![a-zA-Z])", "", answer).strip()
     depth = list(accumulate((char in "([{") - (char in ")]}") for char in text))
-    if (
-        not re.fullmatch(r"[(\[].+[)\]]", text, re.DOTALL) or 0 in depth[:-1]
-    ):  # depth 0 inside: (0,9) \cup (9,36)
+    if not re.fullmatch(r"[(\[].+[)\]]", text, re.DOTALL) or 0 in depth[:-1]:  # 0: (0,9) \cup (9,36)
         return None
     cuts = [0, *(i for i, char in enumerate(text) if char == "," and depth[i] == 1), len(text) - 1]
     return text[0] + text[-1], [text[a + 1 : b] for a, b in pairwise(cuts)]
 
 
 def equal(gold: str, answer: str, symbolic: bool = True) -> bool:
-    """Whether two answers are the same: as strings, as numbers, element by element, then symbolically
-    unless told not to.
+    """Whether two answers are the same: as strings, numbers, element by element, or (if `symbolic`)
+    symbolically.
 
     Raises TimeoutError if the symbolic comparison is given up.
     """
@@ -131,9 +119,7 @@ def equal(gold: str, answer: str, symbolic: bool = True) -> bool:
         return a != ""
     x, y = number(a), number(b)
     if x is not None and y is not None and "%" not in gold + answer:  # Math-Verify reads 8% as 8 or as 0.08
-        return (
-            abs(x - y) <= min(1, max(abs(x), abs(y))) / 10**6
-        )  # six decimals, as in Math-Verify, and six digits
+        return abs(x - y) <= min(1, max(abs(x), abs(y))) / 10**6  # six decimals, as Math-Verify; six digits
     left, right = elements(gold), elements(answer)
     if left and right:
         same_shape = left[0] == right[0] and len(left[1]) == len(right[1])
@@ -146,8 +132,7 @@ def equal(gold: str, answer: str, symbolic: bool = True) -> bool:
 
 
 def mark_capitals(gold: str, answer: str) -> tuple[str, str]:
-    r"""Math-Verify ignores case. Where a letter occurs in both cases, R becomes R_{0}, so that it differs
-    from r.
+    r"""Math-Verify ignores case. Where a letter occurs in both cases, R becomes R_{0}, to differ from r.
 
     >>> mark_capitals("R - r", r"r - \Delta R"), mark_capitals("3R^2", "3r^2")
     (('R_{0} - r', 'r - \\Delta R_{0}'), ('3R^2', '3r^2'))
@@ -155,6 +140,6 @@ def mark_capitals(gold: str, answer: str) -> tuple[str, str]:
     for text in (gold, answer):
         letters = set(re.sub(r"\\[a-zA-Z]+", "", text))
         if any(letter.swapcase() in letters for letter in letters if letter.isascii() and letter.isupper()):
-            mark = lambda match: match[0] + ("_{0}" if match[1] else "")  # noqa: E731
+            mark = lambda match: match[0] + ("_{0}" if match[1] else "")
             return tuple(re.sub(r"\\[a-zA-Z]+|([A-Z])(?!\s*_)", mark, text) for text in (gold, answer))
     return gold, answer

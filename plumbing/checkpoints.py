@@ -1,5 +1,6 @@
 """A run's directory: its settings, checkpoints that are complete or not there, and going on from one."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -9,45 +10,74 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from plumbing.processes import on_rank_0, rank, union, world_size
 from plumbing.settings import InputError, RunStopped
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
+HELD: list[FileLock] = []  # of the directories that this process has opened
+
+
+@contextlib.contextmanager
+def closing_directories():
+    """Gives the directories that were opened free at the end, for the next run in them."""
+    try:
+        yield
+    finally:
+        while HELD:
+            HELD.pop().release()
+
 
 def open_directory(out: Path, name: str, settings: dict, what: str, may_change: Collection[str] = ()) -> None:
-    """Make the directory with the settings in file `name`, or know that it holds this very `what` ("run",
-    "evaluation").
+    """Make the directory with the settings in file `name`, or know that it holds this very run or evaluation.
 
-    Raises InputError where it cannot be written to, or holds one with other settings, apart from those in
-    `may_change`.
+    Keeps other processes out until this one ends, or `closing_directories` does. Raises InputError where it
+    is in use, cannot be written to, or holds one with other settings, apart from those in `may_change`.
     """
-    path, aside = out / name, out / f"{name}.partial"
+    path, lock, remedy = out / name, FileLock(out / "lock"), "choose another --output_dir"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(settings, indent=2))  # each time: it shows that this can be written to
-        aside.unlink() if path.exists() else aside.rename(path)
-        before = json.loads(path.read_text())
+        lock.acquire(blocking=False)
+        HELD.append(lock)
+        kept = path.read_text() if path.exists() else json.dumps(settings, indent=2)
+        write_whole(path, kept)  # in any case, since it shows that there is a place to write to
+        before = json.loads(kept)
+    except Timeout:
+        raise InputError(f"{out} is in use by another {what}: wait for it, or {remedy}") from None
     except (OSError, ValueError) as error:
-        remedy = "mend that, or choose another --output_dir"
-        raise InputError(f"cannot use {out} for the {what} ({error}): {remedy}") from None
-    changed = {key: value for key, value in settings.items() if before.get(key) != value}
-    differences = [
-        f"{key} ({before.get(key)} -> {value})" for key, value in changed.items() if key not in may_change
-    ]
-    if differences:
-        found = f"{'an' if what[0] in 'aeiou' else 'a'} {what} with other settings, {', '.join(differences)}"
+        raise InputError(f"cannot use {out} for the {what} ({error}): mend that, or {remedy}") from None
+    changed = [key for key in settings if before.get(key) != settings[key] and key not in may_change]
+    shown = [f"{key} ({before.get(key)} -> {settings[key]})" for key in changed]
+    if shown:
+        found = f"{'an' if what[0] in 'aeiou' else 'a'} {what} with other settings, {', '.join(shown)}"
         raise InputError(f"{out} holds {found}: use them, or another --output_dir")
 
 
 def prepare(out: Path, config: dict, may_change: Collection[str]) -> tuple[Path | None, dict]:
     """Make a run's directory, or find where to go on: (checkpoint, its state) or (None, {}). InputError."""
     open_directory(out, "config.json", config, "run", may_change)
+    check_source(out / "source.json", config["same_run"])
     found = checkpoints(out)
     state = read_state(found[-1]) if found else {}
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         cut_log(out / name, state.get("log_lines", {}).get(name, 0))
     return (found[-1] if found else None), state
+
+
+def check_source(path: Path, same_run: bool) -> None:
+    """Write a digest of each source file to `path`. InputError if some changed since, unless `same_run`."""
+    files = sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")])
+    now = {file.relative_to(ROOT).as_posix(): digest(file) for file in files}
+    before = json.loads(path.read_text()) if path.exists() else now
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if changed and not same_run:
+        remedy = "choose another --output_dir for the new code, or pass --same_run true to go on"
+        raise InputError(f"{', '.join(changed)} changed since the run in {path.parent} began: {remedy}")
+    write_whole(path, json.dumps(now, indent=1))
 
 
 def check_room(out: Path, n_parameters: int, run) -> None:
@@ -103,6 +133,13 @@ def save_checkpoint(out: Path, step: int, learner, tokenizer, state: dict, keep:
     sync(out)  # only now the rename survives a power cut, and older checkpoints may go
     for old in checkpoints(out)[:-keep]:
         shutil.rmtree(old)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file aside, then rename it: it is there with all of the text, or not at all."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text)
+    aside.rename(path)
 
 
 def sync(path: Path) -> None:

@@ -32,10 +32,7 @@ def run_command(parse_config, train) -> None:
         train(run, method, told.is_set)
     except (InputError, EngineMismatch) as error:
         last_words(f"error: {error}")
-    except (
-        RuntimeError,
-        OSError,
-    ) as error:  # what breaks at work: engine, grader, memory, disk; anything else is a bug
+    except (RuntimeError, OSError) as error:  # engine, grader, memory, disk; anything else is a bug
         out = Path(run.output_dir)
         reason = " ".join(str(error).split())
         if not isinstance(error, RunStopped):
@@ -47,6 +44,7 @@ def run_command(parse_config, train) -> None:
         print(file=sys.stderr)  # below the progress bar
         last_words(f"stopped: {reason}; the same command {going_on}")
     if world_size() > 1:
+        torch.distributed.barrier()  # a process that ends early may make another abort at its exit
         torch.distributed.destroy_process_group()
 
 

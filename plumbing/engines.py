@@ -20,8 +20,7 @@ from plumbing.vllm_engine import VLLM_VERSION, VLLMEngine
 
 
 def resolve_engine(name: str) -> tuple[str, str]:
-    """("vllm" or "torch", why it is not vLLM). For "auto" vLLM where it is installed, in its tested
-    version, and CUDA is there.
+    """("vllm" or "torch", why not vLLM). "auto" is vLLM where its tested version and CUDA are there.
 
     Raises ValueError if vLLM is asked for and cannot be had.
     """

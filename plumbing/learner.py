@@ -2,7 +2,7 @@
 
 What `attnrl.py` need not know is here: packing sequences into forward passes, chunks of logits, autocast,
 gradient checkpointing, sharding over processes (FSDP2), and updates that are skipped because something was
-not finite. None of it changes a result: the gradient does not depend on how a minibatch is packed.
+not finite. The gradient does not depend on how a minibatch is packed.
 """
 
 import contextlib
@@ -112,7 +112,7 @@ class Learner:
 
     @torch.no_grad()
     def score(self, sequences: list[Sequence], with_entropy: bool = False) -> list[Score]:
-        """Log-probs under the current weights; entropies where asked, FCI where there are step ids."""
+        """Log-probs under the current weights; entropies where asked; FCI if all (not some) have step ids."""
         self.model.eval()
         found: dict[int, Score] = {}
         for forward in passes([len(s) for s in sequences], self.machine.microbatch_tokens):
@@ -170,13 +170,13 @@ class Learner:
             divisor = self._flat([[divisors[row]] * len(sequences[row].response_ids) for row in forward.rows])
             weight = world_size() if forward.counts else 0  # FSDP averages gradients; they are to be summed
             (weight * (losses / divisor).sum()).backward()
+            sums["slots"] += len(batch) * max(map(len, batch))
             if not forward.counts:
                 continue
+            sums["read"] += sum(map(len, batch))
             sums["loss"] += losses.sum().item()
             for name, values in logged.items():
                 sums[name] += values.sum().item()
-            sums["read"] += sum(map(len, batch))
-            sums["slots"] += len(batch) * max(map(len, batch))
         return sums
 
     def _per_token(self, batch: list[Sequence]) -> dict[str, torch.Tensor]:

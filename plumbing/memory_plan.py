@@ -113,14 +113,12 @@ def layer_activations(s: Shape, tokens: int, autocast: bool) -> int:
 
 
 def layer_forward(s: Shape, tokens: int, autocast: bool) -> int:
-    """One layer at its widest, the MLP, with nothing kept for backward: gate, activation and the other
-    branch; fp32 the embeddings, the layer's input, the MLP's residual, and its norm."""
+    """One layer without backward: the MLP's gate, activation and branch; fp32, four times the stream."""
     return (3 * (BF16 if autocast else FP32) * s.mlp + 4 * FP32 * s.width) * tokens
 
 
 def layer_backward(s: Shape, tokens: int, autocast: bool) -> int:
-    """Gradients in flight in one layer: of two more of the MLP's inner values than were freed; fp32, of the
-    residual stream and the branch beside it."""
+    """Gradients in flight in a layer: of two inner values of the MLP; fp32, of the stream and branch."""
     return (2 * (BF16 if autocast else FP32) * s.mlp + 2 * FP32 * s.width) * tokens
 
 
@@ -130,8 +128,8 @@ def logits(s: Shape, chunk: int) -> int:
 
 
 def logits_backward(s: Shape, chunk: int, autocast: bool) -> int:
-    """Backward: log-probabilities and two gradients beside the output layer's gradient so far; then that,
-    the chunk's and their sum.
+    """Backward: log-probs and two gradients beside the output layer's gradient; then that, the chunk's and
+    the sum.
 
     Under autocast these weight gradients are bf16, and a bf16 copy of the weight stands beside the logits.
     """

@@ -63,9 +63,7 @@ def load_model(model: str, dtype: torch.dtype = torch.float32):
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     except Exception as error:
         raise ValueError(_cannot_load("model", model, error)) from None
-    loaded.set_attn_implementation(
-        ATTENTION
-    )  # a model that cannot keeps its own, and `check_model` says so before training
+    loaded.set_attn_implementation(ATTENTION)  # or it keeps its own, and `check_model` refuses to train it
     loaded.generation_config.do_sample = True  # or transformers would not save a model with a temperature
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

@@ -29,9 +29,7 @@ class Sequence:
     prompt_ids: list[int]
     response_ids: list[int]
     step_ids: list[int] | None = None  # of all tokens, 0 for the prompt: asks `score` for FCI
-    per_token: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # (N,) each: arguments of the loss, by name
+    per_token: dict[str, list[float]] = field(default_factory=dict)  # arguments of the loss, (N,) each
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)

@@ -66,8 +66,7 @@ def _is_answer(a: object) -> bool:
 
 
 def fitting(problems: list[dict], name: str, tokenizer, longest: int, long_prompts: str) -> list[dict]:
-    """Problems with their `prompt_ids`; longer ones are left out, or refused (ValueError, which says
-    `name`)."""
+    """Problems with their `prompt_ids`; longer ones are left out, or refused (ValueError naming `name`)."""
     found = []
     for p in tqdm(problems, desc=name, delay=2, disable=rank() > 0):
         found.append(p | {"prompt_ids": prompt_ids(tokenizer, p["problem"])})

@@ -15,9 +15,7 @@ import torch
 import torch.distributed
 from torch.distributed.tensor import DTensor
 
-PATIENCE = timedelta(
-    minutes=30
-)  # of processes that wait for another, which may be sampling or writing a checkpoint
+PATIENCE = timedelta(minutes=30)  # of processes that wait for one that samples or writes a checkpoint
 
 
 def world_size() -> int:

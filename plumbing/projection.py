@@ -28,9 +28,8 @@ def token_logps(model, batch, temperature: float, chunk: int, step_hook=None, wi
     """
     ids = collate([prompt + response for prompt, response in batch], 0, model.device)
     is_response = collate([[0] * len(p) + [1] * len(r) for p, r in batch], 0, model.device).bool()
-    forward = getattr(
-        model, "response_logps", functools.partial(response_logps, model)
-    )  # a method where weights are sharded
+    unsharded = functools.partial(response_logps, model)
+    forward = getattr(model, "response_logps", unsharded)  # a method where weights are sharded
     return forward(ids, is_response, temperature, chunk, step_hook, with_entropy)
 
 

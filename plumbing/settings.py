@@ -29,7 +29,7 @@ def one_sentence():
 
 @dataclass
 class MachineConfig:
-    """What runs where, how precisely, in how much memory; but for autocast, no field changes a result."""
+    """What runs where, how precisely and in how much memory. Memory knobs never change a result."""
 
     engine: Literal["auto", "torch", "vllm"] = HfArg(default="auto", help="auto: vllm where it and CUDA are")
     gpu_memory: float = HfArg(default=0.4, help="share of the GPU that vllm may use")
@@ -55,7 +55,15 @@ class MachineConfig:
 
 
 # A run may be resumed under another value of these: where, how long, on which engine, and memory knobs.
-MAY_CHANGE = {"output_dir", "steps", "token_budget", "save_every", "keep_checkpoints", "max_engine_gap"}
+MAY_CHANGE = {
+    "output_dir",
+    "same_run",
+    "steps",
+    "token_budget",
+    "save_every",
+    "keep_checkpoints",
+    "max_engine_gap",
+}
 MAY_CHANGE |= {field.name for field in fields(MachineConfig)} - {"autocast"}
 
 

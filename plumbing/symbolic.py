@@ -23,8 +23,7 @@ MAX_ANSWER_CHARS = 2000  # a longer boxed answer is wrong; gold answers of the s
 
 
 class SymbolicChecker:
-    """Math-Verify in worker processes, which start when they are needed and live until this process ends.
-    Any thread may ask.
+    """Math-Verify in worker processes, which start when needed and live as long as this one; for all threads.
 
     Subprocesses and not `multiprocessing`: its spawn runs the main module again in the child, and train.py
     imports torch. A worker ends by itself when its input closes, and its own alarm clock ends it when a
@@ -38,20 +37,17 @@ class SymbolicChecker:
         self._lock = threading.Lock()
 
     def equal(self, gold: str, answer: str) -> bool:
-        """Whether two LaTeX answers are equal. Raises TimeoutError if the worker does not survive the
-        question.
+        """Whether two LaTeX answers are equal. TimeoutError if the worker does not survive the question.
 
-        RuntimeError if a worker does not start, as without Math-Verify: grading everything wrong would be
-        worse.
+        RuntimeError if a worker does not start, as without Math-Verify: grading all wrong would be worse.
         """
         if max(len(gold), len(answer)) > MAX_ANSWER_CHARS:
             return False
         with self._free:
             worker, reply = self._take(), ""
             try:
-                reply = self._ask(
-                    worker, json.dumps([gold, answer]), TIME_LIMIT
-                )  # ASCII: escapes lone surrogates and NUL too
+                question = json.dumps([gold, answer])  # ASCII: escapes lone surrogates and NUL too
+                reply = self._ask(worker, question, TIME_LIMIT)
             finally:
                 with self._lock:
                     self.timeouts += not reply
@@ -61,9 +57,8 @@ class SymbolicChecker:
                     worker.kill()
                     worker.communicate()  # closes the pipes, waits for the end
         if not reply:
-            raise TimeoutError(
-                f"no verdict on {answer[:60]!r} within {TIME_LIMIT} s and {MEMORY_LIMIT >> 30} GiB"
-            )
+            limits = f"{TIME_LIMIT} s and {MEMORY_LIMIT >> 30} GiB"
+            raise TimeoutError(f"no verdict on {answer[:60]!r} within {limits}")
         return reply == "1\n"
 
     def _take(self) -> subprocess.Popen:
@@ -74,13 +69,11 @@ class SymbolicChecker:
                     return worker
         command = [sys.executable, "-P", __file__]  # -P: no file beside this one hides a library's
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="ascii")
-        worker = subprocess.Popen(
-            command, **pipes, start_new_session=True
-        )  # Ctrl-C in the terminal is not for it
+        pipes["start_new_session"] = True  # Ctrl-C in the terminal is not for it
+        worker = subprocess.Popen(command, **pipes)
         if self._ask(worker, "", START_LIMIT) != "ready\n":
-            raise RuntimeError(
-                "the grading worker did not start (its error is above); try `pip install math-verify`"
-            )
+            remedy = "try `pip install math-verify`"
+            raise RuntimeError(f"the grading worker did not start (its error is above); {remedy}")
         return worker
 
     @staticmethod
@@ -104,9 +97,8 @@ def serve_symbolic() -> None:
     import resource
     import signal
 
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # sent to a whole job: the trainer may save first, and then closes the pipes
+    # SIGTERM is sent to a whole job: the trainer may save first, and then closes the pipes.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default action ends the process, even inside C code
     with contextlib.suppress(ValueError, OSError):  # macOS refuses; the time limit still holds
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, resource.getrlimit(resource.RLIMIT_AS)[1]))

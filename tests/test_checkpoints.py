@@ -1,16 +1,19 @@
 """Checkpoints: complete or not there, checked byte by byte, and resumed from to the same bits."""
 
 import ast
+import hashlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import ROOT
+from filelock import FileLock
 from runs import FLAGS, command, everything, forbid_loading, largest_file, metrics, run, words_of_main
 
 from attnrl import AttnRL
@@ -360,3 +363,80 @@ def test_a_malicious_optimizer_is_not_executed(tmp_path):
     with pytest.raises(Exception, match="weights_only"):
         restore(None, tmp_path, {})
     assert not (tmp_path / "hacked").exists()
+
+
+# --- One run, one directory; edited code is another run
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_same_directory_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
+    """Two identical commands at once: one runs, the other says so in one sentence and touches nothing."""
+    out = tmp_path / "run"
+    flags = ("--output_dir", out, "--steps", 30)
+    first = subprocess.Popen(command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    try:
+        while not (out / "metrics.jsonl").exists():
+            assert first.poll() is None
+            time.sleep(0.01)
+        second = subprocess.run(command(*flags), capture_output=True, text=True, cwd=ROOT)
+    finally:
+        first.kill()
+        first.wait()
+    assert second.returncode == 1 and second.stdout == ""
+    assert second.stderr.splitlines() == [
+        f"error: {out} is in use by another run: wait for it, or choose another --output_dir"
+    ]
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["total_tokens"] for line in lines if line.endswith("}")]
+    assert len(steps) == len(set(steps))  # no line twice
+    subprocess.run(command("--output_dir", out, "--steps", 1), check=True, capture_output=True, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_a_second_torchrun_in_the_same_directory_is_refused(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    with FileLock(out / "lock"):
+        ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        done = subprocess.run(
+            [*ranks, *command("--output_dir", out)[1:]], capture_output=True, text=True, cwd=ROOT
+        )
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(said) == 1 and "in use by another run" in said[0]
+
+
+@pytest.mark.slow
+def test_edited_code_is_not_taken_for_the_old_run(tmp_path, uninterrupted, monkeypatch):
+    """Complete or not: the same command names the file, and goes on only if told that it is the same run."""
+    forbid_loading(monkeypatch)
+    monkeypatch.setattr(checkpoints_module, "ROOT", tmp_path / "project")
+    for name in ("fci.py", "tree.py", "plumbing/logs.py"):
+        path = tmp_path / "project" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# {name}")
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted, out)
+    (out / "source.json").unlink()  # that of the real sources
+    flags = ("--output_dir", out, "--steps", 4)
+    run(*flags)  # complete; records the digests
+    before = (out / "metrics.jsonl").read_bytes()
+    (tmp_path / "project/fci.py").write_text("# edited")
+    (tmp_path / "project/plumbing/new.py").write_text("# new")
+    for steps in (4, 5):
+        with pytest.raises(
+            InputError, match=r"^fci.py, plumbing/new.py changed since .*another --output_dir"
+        ) as caught:
+            run("--output_dir", out, "--steps", steps)
+        assert "--same_run true" in str(caught.value) and "\n" not in str(caught.value)
+    assert (out / "metrics.jsonl").read_bytes() == before
+    run(*flags, "--same_run", "true")
+    run(*flags)  # the new digests are on record
+
+
+@pytest.mark.slow
+def test_a_run_records_a_digest_of_every_source_file(uninterrupted):
+    recorded = json.loads((uninterrupted / "source.json").read_text())
+    assert {"fci.py", "train.py", "plumbing/learner.py"} <= recorded.keys() and len(recorded) == 6 + len(
+        list(ROOT.glob("plumbing/*.py"))
+    )
+    assert recorded["fci.py"] == hashlib.sha256((ROOT / "fci.py").read_bytes()).hexdigest()

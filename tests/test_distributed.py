@@ -285,4 +285,5 @@ if __name__ == "__main__":
     if rank() == 0:
         save_file(trained[0], out / "weights.safetensors")
         save_file(tied, out / "tied.safetensors")
+    torch.distributed.barrier()  # or one process may exit while gloo's threads still hold what it gathered
     torch.distributed.destroy_process_group()
