@@ -367,6 +367,7 @@ def test_a_student_can_replace_the_engine_by_ten_lines(tiny_model, tiny_tokenize
     assert not any(map(torch.equal, before, tiny_model.parameters())) and lead() > lead_before
 
 
+@pytest.mark.holds_the_paper("Eq. 3")
 def test_a_whole_step_needs_no_model():
     """Three canned machines, and all that the step does by hand: plan, tree, advantages, loss, next size.
 

@@ -73,6 +73,7 @@ def test_page_is_self_contained(shown):
     assert all(step in page for step in STEPS)
 
 
+@pytest.mark.holds_the_paper("Eq. 6")
 def test_scores_equal_the_naive_definition(tiny_model, tiny_tokenizer):
     """What is shown is FCI: eager attention, one block of tokens per step, Eq. 4-6."""
     prompt, response = prompt_ids(tiny_tokenizer, PROBLEM), tiny_tokenizer(RESPONSE)["input_ids"]

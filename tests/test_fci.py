@@ -85,6 +85,7 @@ def random_qk(L, d=8, heads=4, kv_heads=2, seed=0, sharpness=2.0):
 # --- Against the definition
 
 
+@pytest.mark.holds_the_paper("Eq. 6")
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("delta", [1, 4])
 def test_batch_equals_naive_single_runs(name, delta):
@@ -107,6 +108,7 @@ def test_batch_equals_naive_single_runs(name, delta):
     assert (values > 0.05).any()
 
 
+@pytest.mark.holds_the_paper("Eq. 6")
 def test_scoring_pass_equals_naive():
     """FCI collected by `token_logps`, the pass that training uses, is the naive one."""
     generator = torch.Generator().manual_seed(0)
@@ -122,6 +124,7 @@ def test_scoring_pass_equals_naive():
         torch.testing.assert_close(row[: len(expected)], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.holds_the_paper("Eq. 6")
 @pytest.mark.parametrize("think_end", [None, 20, 33])
 def test_scores_of_a_response(think_end):
     """From token texts to (T,) scores, with and without `</think>`: the naive ones, 0 for step 1 and from
@@ -158,6 +161,7 @@ def test_bf16_kernel_against_fp32(sharpness):
     assert not torch.equal(half.fci(), single.fci())
 
 
+@pytest.mark.holds_the_paper("Eq. 6")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bf16_model_branches_where_fp32_does(name):
     """A whole model in bf16 rounds its hidden states too: FCI moves by up to 15 %, the branch points stay
@@ -206,6 +210,7 @@ def test_fci_counts_the_later_steps_that_look_back(delta):
     assert not hook.fci()[0, k + 1 :].any()
 
 
+@pytest.mark.holds_the_paper("Eq. 6")
 def test_max_over_layers_and_heads():
     """Eq. 6: adding a layer can only raise FCI, to the larger of the two; each layer's value is that of its
     best head."""
@@ -229,6 +234,7 @@ def test_max_over_layers_and_heads():
     assert not torch.equal(both.fci(), single[0]) and not torch.equal(both.fci(), single[1])
 
 
+@pytest.mark.holds_the_paper("Eq. 6")
 @pytest.mark.parametrize("name, key_heads", KEY_HEADS.items())
 def test_eq_6_is_one_reduction(name, key_heads, monkeypatch):
     """`amax` edited to `mean` is the mean over all heads of all layers, however many heads share a key."""

@@ -191,6 +191,17 @@ def test_advantage_over_the_parent_alone(tmp_path_factory):
     assert len(seen) > 4
 
 
+def test_a_test_that_a_fork_breaks_says_so(tmp_path_factory):
+    """The recipe changes Eq. 3 on purpose: tests of Eq. 3 fail, and say that this is expected."""
+    copy = forked(tmp_path_factory, 2)
+    shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pytest.ini", copy)
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_tree.py", "-k", "tree_by_hand"]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 1 and "holds the code to Eq. 3 of the paper" in done.stdout
+    assert "A fork that changed it on purpose is expected to fail here" in done.stdout
+
+
 def sharing(leaves: list[dict], i: int, t: int) -> tuple[list[int], list[int]]:
     """Leaves below the segment that holds token t of leaf i, and below that segment's parent."""
     leaf = leaves[i]

@@ -69,6 +69,7 @@ def tip_of(root, i):
     return next(s for s in root.walk() if i in s.leaves and not s.children)
 
 
+@pytest.mark.holds_the_paper("Eq. 3")
 def test_tree_by_hand():
     """Two initial responses, one branched at 3 and 6 with two continuations each: six leaves, three right."""
     leaves = [
@@ -115,6 +116,7 @@ def test_tree_by_hand():
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
+@pytest.mark.holds_the_paper("Eq. 3")
 def test_advantage_is_eq_3_of_one_segment():
     """By hand, without `grow`: 3 of 4 right below a child whose parent has 3 of 6, under a root with 4 of
     9."""
@@ -142,6 +144,7 @@ def test_tokens_carry_what_advantage_says_of_their_segment(monkeypatch):
         assert advantages.tolist() == expected.tolist()
 
 
+@pytest.mark.holds_the_paper("Eq. 3")
 def test_no_branches_is_the_group_mean():
     """A root with leaves only: A = 2 (R - mean)."""
     leaves = [Leaf(i, 0, i + 1, r) for i, r in enumerate([1.0, 0.0, 0.0, 1.0, 0.0])]
@@ -149,6 +152,7 @@ def test_no_branches_is_the_group_mean():
         np.testing.assert_allclose(advantages, [2 * (leaf.reward - 2 / 5)] * leaf.length, rtol=1e-6)
 
 
+@pytest.mark.holds_the_paper("Eq. 3")
 @pytest.mark.parametrize("seed", range(20))
 def test_advantages_equal_brute_force(seed):
     """Eq. 3 token by token from sets of leaves; every leaf has one advantage per token."""
@@ -158,6 +162,7 @@ def test_advantages_equal_brute_force(seed):
         np.testing.assert_allclose(advantages, brute_force_advantages(leaves, i), atol=1e-6)
 
 
+@pytest.mark.holds_the_paper("Eq. 3")
 @pytest.mark.parametrize("seed", range(20))
 def test_laws_of_values(seed):
     """V is the mean of the leaves below; children's deviations from their parent cancel against leaf counts;
