@@ -54,8 +54,8 @@ class MethodConfig:
     off_policy: bool = HfArg(default=True, help="one-step off-policy: one generation call per step, not two")
     # branching
     branching: str = HfArg(default="fci", help=f"where to branch (Eq. 7): {', '.join(RULES)} or none")
-    n_branch_points: int = HfArg(default=2, help="N, branch points per response")
-    n_continuations: int = HfArg(default=2, help="T, continuations per branch point")
+    n_branch_points: int = HfArg(default=2, help="branch points per response (N of Eq. 7)")
+    n_continuations: int = HfArg(default=2, help="continuations per branch point (the paper's T)")
     branch_quantile: float = HfArg(default=0.2, help="rho, share of steps that are candidates")
     min_branch_gap: int = HfArg(default=512, help="tokens between branch points, per 8192 tokens of response")
     fci_delta: int = HfArg(default=4, help="Delta of Eq. 5, steps")
@@ -240,7 +240,7 @@ class AttnRL:
         return due, updates
 
     def generate(self, new: list[Problem], due: list[Problem]) -> list[tuple[Problem, Rollout]]:
-        """One call: G initial responses per new problem, T continuations per branch point of those due."""
+        """One call: initial responses of the new problems, continuations from branch points of those due."""
         cfg = self.cfg
         fresh = [(problem, Rollout(family)) for problem in new for family in range(cfg.group_size)]
         for problem in due:
@@ -285,9 +285,8 @@ class AttnRL:
             if score.fci is not None:
                 rollout.fci = fci_of_response(score.fci, rollout.n_scored, len(rollout.steps))
             problem.rollouts.append(rollout)
-        bound = self.cfg.max_engine_gap - math.log(
-            self.cfg.top_p
-        )  # top-p raises the engine's log-probs by up to that
+        # Under top-p the engine's log-probs are those of the nucleus: larger, by at most -log(top_p).
+        bound = self.cfg.max_engine_gap - math.log(self.cfg.top_p)
         check_gap([rollout.gaps() for _, rollout in fresh], bound, "on the tokens sampled in this step")
 
     def plan(self, problem: Problem) -> None:
