@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("tree.png"))
     args = parser.parse_args()
+    if not (args.run / "rollouts.jsonl").exists():
+        sys.exit(f"{args.run} has no rollouts.jsonl: give the directory of a run")
     trees = [json.loads(line) for line in (args.run / "rollouts.jsonl").read_text().splitlines()]
     by_step = {t["step"]: t for t in trees if t["rollouts"][0]["advantages"]}
     if args.step not in by_step:

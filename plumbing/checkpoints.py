@@ -60,24 +60,27 @@ def open_directory(out: Path, name: str, settings: dict, what: str, may_change: 
 def prepare(out: Path, config: dict, may_change: Collection[str]) -> tuple[Path | None, dict]:
     """Make a run's directory, or find where to go on: (checkpoint, its state) or (None, {}). InputError."""
     open_directory(out, "config.json", config, "run", may_change)
-    check_source(out / "source.json", config["same_run"])
     found = checkpoints(out)
     state = read_state(found[-1]) if found else {}
+    check_source(out / "source.json", config["same_run"], state.get("step", 0))
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         cut_log(out / name, state.get("log_lines", {}).get(name, 0))
     return (found[-1] if found else None), state
 
 
-def check_source(path: Path, same_run: bool) -> None:
-    """Write a digest of each source file to `path`. InputError if some changed since, unless `same_run`."""
+def check_source(path: Path, same_run: bool, step: int) -> None:
+    """Record in `path` which sources run from `step` on. InputError if some changed, unless `same_run`."""
     files = sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")])
     now = {file.relative_to(ROOT).as_posix(): digest(file) for file in files}
-    before = json.loads(path.read_text()) if path.exists() else now
+    history = json.loads(path.read_text()) if path.exists() else [{"from_step": 0, "files": now}]
+    before = history[-1]["files"]
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if changed and not same_run:
         remedy = "choose another --output_dir for the new code, or pass --same_run true to go on"
         raise InputError(f"{', '.join(changed)} changed since the run in {path.parent} began: {remedy}")
-    write_whole(path, json.dumps(now, indent=1))
+    if changed:
+        history.append({"from_step": step, "files": now})
+    write_whole(path, json.dumps(history, indent=1))
 
 
 def check_room(out: Path, n_parameters: int, run) -> None:

@@ -32,10 +32,10 @@ def run_command(parse_config, train) -> None:
         train(run, method, told.is_set)
     except (InputError, EngineMismatch) as error:
         last_words(f"error: {error}")
-    except (RuntimeError, OSError) as error:  # engine, grader, memory, disk; anything else is a bug
+    except (RuntimeError, OSError, KeyboardInterrupt) as error:  # at work; anything else is a bug
         out = Path(run.output_dir)
-        reason = " ".join(str(error).split())
-        if not isinstance(error, RunStopped):
+        reason = " ".join(str(error).split()) or "Ctrl-C"
+        if not isinstance(error, RunStopped | KeyboardInterrupt):
             reason = f"{type(error).__name__}: {reason}, see {out}/traceback.txt"
             with contextlib.suppress(OSError):
                 (out / "traceback.txt").write_text(traceback.format_exc())

@@ -56,13 +56,10 @@ def _problem(row: object, where: str, problem: str, answer: str) -> dict:
     answers = row[answer] if isinstance(row[answer], list) else [row[answer]]
     if not isinstance(row[problem], str) or not row[problem].strip():
         raise ValueError(f"{where} has the problem {row[problem]!r}; it needs some text")
-    if not answers or not all(map(_is_answer, answers)):
+    usable = lambda a: isinstance(a, str | int | float) and not isinstance(a, bool) and str(a).strip()
+    if not answers or not all(map(usable, answers)):
         raise ValueError(f"{where} has the answer {row[answer]!r}; it needs text, a number, or a list")
     return {"problem": row[problem], "answers": [str(a).strip() for a in answers]}
-
-
-def _is_answer(a: object) -> bool:
-    return isinstance(a, str | int | float) and not isinstance(a, bool) and str(a).strip() != ""
 
 
 def fitting(problems: list[dict], name: str, tokenizer, longest: int, long_prompts: str) -> list[dict]:

@@ -44,10 +44,10 @@ class ProgressBar:
         style = dict(unit=unit, unit_scale=unit == "token", dynamic_ncols=True, disable=rank() > 0)
         self.bar = tqdm(total=total, initial=self._so_far(progress), **style)
 
-    def show(self, progress: Progress, reward: float | None, prompts: int) -> None:
-        """After a step: reward of the initial responses, None if there were none, and prompts sampled."""
-        reward = f"{float('nan') if reward is None else reward:.2f}"
-        self.bar.set_postfix(step=progress.step, reward=reward, prompts=prompts, refresh=False)
+    def show(self, progress: Progress, reward: float | None, sampled: int) -> None:
+        """After a step: the number of problems sampled, and their mean reward, None without any."""
+        if reward is not None:
+            self.bar.set_postfix(step=progress.step, reward=f"{reward:.2f}", problems=sampled, refresh=False)
         self.bar.update(self._so_far(progress) - self.bar.n)
 
     def _so_far(self, progress: Progress) -> int:

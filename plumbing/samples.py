@@ -42,6 +42,8 @@ class SampleFile:
         append(self.path, *rows)
         self.n_rows += len(rows)
         self.bar.update(len(rows))
+        if self.bar.n == self.bar.total:
+            self.bar.close()
 
 
 def describe(args, benchmarks: dict[str, tuple[list[dict], int]], engine: str) -> dict:

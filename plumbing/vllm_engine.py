@@ -47,10 +47,8 @@ class VLLMEngine:
             launcher = "external_launcher" if world_size() > 1 else None  # the processes are torchrun's
             sizes = dict(max_model_len=max_tokens, gpu_memory_utilization=gpu_memory, seed=seed, dtype=dtype)
             sizes |= dict(tensor_parallel_size=tensor_parallel, distributed_executor_backend=launcher)
-            ways = dict(
-                skip_tokenizer_init=True, generation_config="vllm", logprobs_mode="processed_logprobs"
-            )
-            ways |= dict(enable_prefix_caching=True, enable_sleep_mode=sleep_mode)
+            ways = dict(skip_tokenizer_init=True, generation_config="vllm", enable_prefix_caching=True)
+            ways |= dict(logprobs_mode="processed_logprobs", enable_sleep_mode=sleep_mode)
             self.llm = LLM(model_name, **sizes, **ways)
         except Exception as error:  # no memory, no device, an unknown model: each has its own kind
             reason = " ".join(str(error).split())[:300]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from filelock import FileLock
-from runs import FLAGS, command, everything, forbid_loading, largest_file, metrics, run, words_of_main
+from whole_runs import FLAGS, command, everything, forbid_loading, largest_file, metrics, run, words_of_main
 
 from attnrl import AttnRL
 from plumbing import checkpoints as checkpoints_module
@@ -365,6 +365,16 @@ def test_a_malicious_optimizer_is_not_executed(tmp_path):
     assert not (tmp_path / "hacked").exists()
 
 
+def test_ctrl_c_is_one_sentence(tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AttnRL, "step", interrupted)
+    said = words_of_main(monkeypatch, "--output_dir", tmp_path / "run", "--steps", 4)
+    assert said == "stopped: Ctrl-C; the same command starts the run again"
+    assert not (tmp_path / "run/traceback.txt").exists()
+
+
 # --- One run, one directory; edited code is another run
 
 
@@ -430,12 +440,16 @@ def test_edited_code_is_not_taken_for_the_old_run(tmp_path, uninterrupted, monke
         assert "--same_run true" in str(caught.value) and "\n" not in str(caught.value)
     assert (out / "metrics.jsonl").read_bytes() == before
     run(*flags, "--same_run", "true")
-    run(*flags)  # the new digests are on record
+    run(*flags)  # the new digests are on record, beside the old ones and the step from which on they hold
+    history = json.loads((out / "source.json").read_text())
+    assert [entry["from_step"] for entry in history] == [0, 4]
+    assert history[0]["files"]["fci.py"] != history[1]["files"]["fci.py"]
 
 
 @pytest.mark.slow
 def test_a_run_records_a_digest_of_every_source_file(uninterrupted):
-    recorded = json.loads((uninterrupted / "source.json").read_text())
+    (entry,) = json.loads((uninterrupted / "source.json").read_text())
+    recorded = entry["files"]
     assert {"fci.py", "train.py", "plumbing/learner.py"} <= recorded.keys() and len(recorded) == 6 + len(
         list(ROOT.glob("plumbing/*.py"))
     )

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 from conftest import ROOT
-from runs import FLAGS, command, forbid_loading, metrics, refuse_to_load, run
+from whole_runs import FLAGS, command, forbid_loading, metrics, refuse_to_load, run
 
 import train as train_module
 from attnrl import AttnRL
