@@ -3,6 +3,7 @@
 
 import contextlib
 import importlib
+import io
 import json
 import re
 import subprocess
@@ -117,25 +118,34 @@ def test_answers_first_and_survives_a_closed_pipe():
     assert run.stdout.count("\n") == 2 and run.stderr == ""
 
 
+BAD_INPUT = [  # flags, message
+    ([], "python experiments/show_fci.py: error: give --text FILE"),
+    (["--text", "nowhere.txt"], "cannot read --text"),
+    (["--text", "-"], "empty"),
+    (["--problem", "x", "--out", "a.pdf"], "in .png or .html"),
+    (["--problem", "x", "--out", "nowhere/a.png"], "in a folder that exists"),
+    (["--problem", "x", "--model", "tests"], "error: the directory 'tests' holds no tokenizer that loads"),
+    (["--problem", "a=1 " * 600], "shorten the problem"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ([], "python experiments/show_fci.py: error: give --text FILE"),
-        (["--text", "nowhere.txt"], "cannot read --text"),
-        (["--text", "-"], "empty"),
-        (["--problem", "x", "--out", "a.pdf"], "in .png or .html"),
-        (["--problem", "x", "--out", "nowhere/a.png"], "in a folder that exists"),
-        (
-            ["--problem", "x", "--model", "tests"],
-            "error: the directory 'tests' holds no tokenizer that loads",
-        ),
-        (["--problem", "a=1 " * 600], "shorten the problem"),
-    ],
-)
+@pytest.mark.parametrize("flags, message", [BAD_INPUT[0], BAD_INPUT[-1]])
 def test_bad_input_gets_one_sentence(flags, message):
     run = show(*flags)
     assert run.returncode and message in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("flags, message", BAD_INPUT)
+def test_bad_input_is_found_by_main(flags, message, monkeypatch, capsys):
+    """Each without a process of its own: the program ends with that sentence and a status that is not 0."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["experiments/show_fci.py", *flags])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    with pytest.raises(SystemExit) as caught:
+        show_fci.main()
+    said = capsys.readouterr().err if caught.value.code == 2 else caught.value.code
+    assert caught.value.code and message in said
 
 
 # --- Figure 3
