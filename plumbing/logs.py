@@ -54,25 +54,27 @@ def stopped(error: NonFiniteUpdates, path: Path) -> RunStopped:
     reason, sequences = error.args
     if rank() == 0:
         path.write_text(json.dumps([asdict(s) for s in sequences]))
-    return RunStopped(
-        f"{reason}, see {path} for the last one's rollouts; to skip more, raise --max_skipped_updates"
-    )
+    remedy = "to skip more, raise --max_skipped_updates"
+    return RunStopped(f"{reason}, see {path} for the last one's rollouts; {remedy}")
 
 
 # --- Metrics of a step ------------------------------------------------------------------------------------
 
 
-def step_metrics(new: list, due: list, updates: list[dict]) -> dict:
-    """All metrics of a step: of the problems sampled, of the batch trained on, and of its updates."""
-    fresh = [r for p in new for r in p.initial()] + [r for p in due for r in p.rollouts if r.start > 0]
-    drift = mismatch([r.gaps() for r in fresh])
-    return drift | sampling_metrics(new) | batch_metrics(due) | update_metrics(updates)
+def sampled(new: list, due: list) -> list:
+    """The rollouts that a step sampled: initial responses of the new, continuations of the due problems."""
+    return [r for p in new for r in p.initial()] + [r for p in due for r in p.rollouts if r.start > 0]
 
 
 def n_generated(new: list, due: list) -> int:
     """Tokens sampled in a step; prefixes of continuations were sampled before."""
-    initial = sum(len(r.ids) for p in new for r in p.initial())
-    return initial + sum(len(r.ids) - r.start for p in due for r in p.rollouts if r.start > 0)
+    return sum(len(r.ids) - r.start for r in sampled(new, due))
+
+
+def step_metrics(new: list, due: list, updates: list[dict]) -> dict:
+    """All metrics of a step: of the problems sampled, of the batch trained on, and of its updates."""
+    drift = mismatch([r.gaps() for r in sampled(new, due)])
+    return drift | sampling_metrics(new) | batch_metrics(due) | update_metrics(updates)
 
 
 def sampling_metrics(new: list) -> dict:

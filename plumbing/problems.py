@@ -12,12 +12,10 @@ from plumbing.processes import rank
 
 
 def load_problems(source: str, split="train", problem="problem", answer="answer") -> list[dict]:
-    """[{"problem": str, "answers": [str, ...]}] of a .jsonl, .json or .parquet file or a Hugging Face
-    dataset.
+    """[{"problem": str, "answers": [str, ...]}] of a .jsonl, .json or .parquet file or a hub dataset.
 
     `problem` and `answer` name the columns; an answer is text, a number, or a list of them. `split` is for
-    hub datasets only. Raises ValueError, one sentence with the value and the remedy, for all that can be
-    wrong.
+    hub datasets only. Raises ValueError, one sentence with the value and the remedy.
     """
     try:
         rows = _read_rows(source, split)
@@ -33,9 +31,7 @@ def load_problems(source: str, split="train", problem="problem", answer="answer"
 
 def _read_rows(source: str, split: str) -> list:
     path = Path(source)
-    if (
-        path.suffix == ".jsonl"
-    ):  # not through `datasets`: it wants one type per column, and answers may mix them
+    if path.suffix == ".jsonl":  # `datasets` wants one type per column, and answers may mix them
         lines = path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines if line.strip()]
     if path.suffix == ".json":

@@ -30,6 +30,8 @@ class SampleFile:
             os.truncate(self.path, sum(map(len, lines)))
         self.n_rows = len(lines)
         self.bar = tqdm(total=n_samples, initial=self.n_rows, desc=self.path.stem, unit="sample")
+        if self.n_rows == n_samples:
+            self.bar.close()
         return [json.loads(line) for line in lines]
 
     def seed_next_chunk(self) -> None:
@@ -42,8 +44,8 @@ class SampleFile:
         append(self.path, *rows)
         self.n_rows += len(rows)
         self.bar.update(len(rows))
-        if self.bar.n == self.bar.total:
-            self.bar.close()
+        if self.n_rows == self.bar.total:
+            self.bar.close()  # before the table's next row is printed
 
 
 def describe(args, benchmarks: dict[str, tuple[list[dict], int]], engine: str) -> dict:

@@ -48,6 +48,18 @@ def tiny_model():
     return load_model(str(TINY))
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One per test file, which may change it."""
+    return load_tokenizer(str(TINY))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """One per test file; its tests must not train it."""
+    return load_model(str(TINY))
+
+
 class CountingEngine(TorchEngine):
     """Remembers the requests of every call."""
 

@@ -10,20 +10,9 @@ from conftest import ROOT, TINY
 from helpers import one_sentence
 
 from plumbing.engines import make_engine, resolve_engine
-from plumbing.models import load_model, load_tokenizer
 from plumbing.settings import MachineConfig
 from plumbing.torch_engine import TorchEngine
 from plumbing.vllm_engine import VLLM_VERSION, VLLMEngine
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(str(TINY))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model(str(TINY))
 
 
 class FakeLLM:

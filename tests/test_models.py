@@ -14,16 +14,6 @@ from plumbing.models import ATTENTION, load_model, load_tokenizer, prompt_ids
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(str(TINY))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model(str(TINY))
-
-
 @pytest.mark.parametrize("load", [load_tokenizer, load_model])
 @pytest.mark.parametrize("exists", [False, True])
 def test_missing_directory_is_one_sentence(load, exists, tmp_path):

@@ -14,16 +14,6 @@ from plumbing.nouns import Request
 from plumbing.torch_engine import TorchEngine
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(str(TINY))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model(str(TINY))
-
-
 @pytest.fixture
 def engine(model, tokenizer):
     return TorchEngine(model, tokenizer)
