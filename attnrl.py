@@ -61,7 +61,8 @@ class MethodConfig:
     fci_delta: int = HfArg(default=4, help="Delta of Eq. 5, steps")
     # adaptive sampling
     expansion: Literal["adaptive", "uniform"] = HfArg(default="adaptive", help="Eq. 9, or branch all")
-    fci_filter: Literal["easy", "all", "none"] = HfArg(default="easy", help="problems that must pass Eq. 8")
+    fci_filter: Literal["easy", "all", "drop_easy", "none"] = HfArg(default="easy", help="Eq. 8, sampler.py")
+    drop_zero_advantage: bool = HfArg(default=True, help="leave out problems that are all right or all wrong")
     adaptive_batch: bool = HfArg(default=True, help="resize the batch to the target (Eq. 10)")
     target_sequences: int = HfArg(default=1920, help="B', sequences with non-zero advantage wanted per step")
     batch_decay: float = HfArg(default=0.9, help="lambda of Eq. 10")
@@ -69,7 +70,7 @@ class MethodConfig:
     max_batch_size: int = HfArg(default=256, help="bounds of Eq. 10, problems")
     # loss
     advantage: Literal["tree", "group"] = HfArg(default="tree", help="Eq. 3, or GRPO's (R - mean) / std")
-    minibatch_prompts: int = HfArg(default=32, help="problems with non-zero advantage per optimiser step")
+    minibatch_sequences: int = HfArg(default=192, help="sequences per optimiser step, in whole problems")
     clip_low: float = HfArg(default=0.2, help="the ratio is clipped below 1 - clip_low")
     clip_high: float = HfArg(default=0.28, help="and above 1 + clip_high")
     kl_coef: float = HfArg(default=0.001, help="weight of the KL to the initial model; 0: no reference model")
@@ -85,8 +86,7 @@ class MethodConfig:
 
     def check(self) -> None:
         """Raises ValueError in one sentence where fields contradict each other."""
-        zero_is_fine = "min_branch_gap fci_delta batch_decay clip_low clip_high kl_coef"
-        check_signs(self, may_be_zero=set(zero_is_fine.split()))
+        check_signs(self, set("min_branch_gap fci_delta batch_decay clip_low clip_high kl_coef".split()))
         rules, sizes = [*RULES, "none"], (self.min_batch_size, self.batch_size, self.max_batch_size)
         shares = self.branch_quantile, self.batch_decay, self.top_p
         refuse_if(self.branching not in rules, f"branching must be one of {rules}, got {self.branching!r}")
@@ -121,7 +121,7 @@ class Rollout:
     step_texts: list[str] = field(default_factory=list)  # (T,)
     n_scored: int = 0  # leading steps before the one with the last `</think>`
     entropies: list[float] = field(default_factory=list)  # (L,), nats; of initial responses only
-    fci: list[float] = field(default_factory=list)  # (T,); of initial responses only, where it is used
+    fci: list[float] = field(default_factory=list)  # (T,); of initial responses, in runs that branch
 
     def prefix(self, end: int) -> "Rollout":
         """A continuation before it is sampled: the first `end` tokens, with their log-probs."""
@@ -190,6 +190,15 @@ def policy_loss(logps, ref_logps, old_logps, engine_logps, advantages, cfg: Meth
     return loss, {"clipped": clipped_gain < gain, "kl": kl.detach()}
 
 
+def minibatches(problems: list[Problem], size: int) -> list[list[Problem]]:
+    """Whole problems, cut into round(sequences / size) parts of nearly as many sequences, one at least."""
+    n_sequences = np.array([len(problem.rollouts) for problem in problems])
+    count = max(1, round(n_sequences.sum() / size))
+    middles = n_sequences.cumsum() - n_sequences / 2  # a problem belongs to the part that its middle is in
+    parts = (middles * count / n_sequences.sum()).astype(int)
+    return [[p for p, part in zip(problems, parts) if part == i] for i in np.unique(parts)]
+
+
 # --- The step ---------------------------------------------------------------------------------------------
 
 
@@ -224,7 +233,7 @@ class AttnRL:
             self.record(fresh, rewards, scores)
             for problem in new:  # 4. where the next step will branch (Eq. 7-9)
                 self.plan(problem)
-            useful = [problem for problem in due if problem.mixed()]
+            useful = [problem for problem in due if problem.mixed() or not cfg.drop_zero_advantage]
             for problem in useful:  # 5. the tree (Eq. 2, 3)
                 self.set_advantages(problem)
             if useful:  # 6. the loss (Eq. 1)
@@ -265,14 +274,10 @@ class AttnRL:
 
     def score(self, fresh: list[tuple[Problem, Rollout]]) -> list[Score]:
         """Log-probs under the current policy; of initial responses, which come first, entropies and FCI."""
-        with_fci = self.cfg.branching == "fci" or self.cfg.fci_filter != "none"
-        initial, continuations = [], []
-        for problem, rollout in fresh:
-            if rollout.start == 0:
-                step_ids = step_ids_of(len(problem.prompt_ids), rollout.steps) if with_fci else None
-                initial.append(Sequence(problem.prompt_ids, rollout.ids, step_ids))
-            else:
-                continuations.append(Sequence(problem.prompt_ids, rollout.ids))
+        branches = self.cfg.branching != "none"
+        step_ids = lambda p, r: step_ids_of(len(p.prompt_ids), r.steps) if branches else None
+        initial = [Sequence(p.prompt_ids, r.ids, step_ids(p, r)) for p, r in fresh if r.start == 0]
+        continuations = [Sequence(p.prompt_ids, r.ids) for p, r in fresh if r.start > 0]
         return self.learner.score(initial, with_entropy=True) + self.learner.score(continuations)
 
     def record(self, fresh: list[tuple[Problem, Rollout]], rewards: list[bool], scores: list[Score]) -> None:
@@ -292,13 +297,12 @@ class AttnRL:
     def plan(self, problem: Problem) -> None:
         """Set where the problem will be branched: whether at all, in which responses, at which tokens."""
         cfg, rewards = self.cfg, [r.reward for r in problem.rollouts]
-        if problem.rollouts[0].fci:
-            problem.fci = float(np.mean([np.mean(r.fci) for r in problem.rollouts]))
-            problem.kept = self.sampler.keep(problem.fci, rewards, cfg.fci_filter)  # Eq. 8
-        if not problem.kept or cfg.branching == "none":
+        if cfg.branching == "none":
             return
+        problem.fci = float(np.mean([np.mean(r.fci) for r in problem.rollouts]))
+        problem.kept = self.sampler.keep(problem.fci, rewards, cfg.fci_filter)  # Eq. 8
         count = expansion(rewards) if cfg.expansion == "adaptive" else len(rewards)  # Eq. 9
-        for family in choose_responses(rewards, count, self.rng):
+        for family in choose_responses(rewards, count if problem.kept else 0, self.rng):
             response = problem.rollouts[family].measured()
             n, quantile, gap = cfg.n_branch_points, cfg.branch_quantile, cfg.min_branch_gap
             points = branch_points(cfg.branching, response, n, quantile, gap, self.rng)  # Eq. 7
@@ -313,9 +317,8 @@ class AttnRL:
 
     def update(self, useful: list[Problem]) -> list[dict[str, float]]:
         """One optimiser step per minibatch of problems, in random order; the learner's report of each."""
-        reports, order, size = [], self.rng.permutation(len(useful)), self.cfg.minibatch_prompts
-        for first in range(0, len(order), size):
-            minibatch = [useful[i] for i in order[first : first + size]]
+        reports, shuffled = [], [useful[i] for i in self.rng.permutation(len(useful))]
+        for minibatch in minibatches(shuffled, self.cfg.minibatch_sequences):
             pairs = [(problem, rollout) for problem in minibatch for rollout in problem.rollouts]
             sequences = [Sequence(p.prompt_ids, r.ids, per_token=r.for_loss()) for p, r in pairs]
             N = sum(len(r.ids) for _, r in pairs)

@@ -34,14 +34,8 @@ from plumbing.samples import SampleFile, describe
 from plumbing.settings import MachineConfig
 from plumbing.symbolic import MAX_ANSWER_CHARS, WORKERS
 
-BENCHMARKS = {  # the paper's: hub dataset, its columns of problems and answers, samples per problem
-    "aime24": ("math-ai/aime24", "problem", "solution", 32),
-    "aime25": ("math-ai/aime25", "problem", "answer", 32),
-    "amc23": ("math-ai/amc23", "question", "answer", 32),
-    "math500": ("HuggingFaceH4/MATH-500", "problem", "answer", 4),
-    "minerva": ("math-ai/minervamath", "question", "answer", 4),
-    "olympiad": ("math-ai/olympiadbench", "question", "final_answer", 4),
-}
+# The paper's samples per problem; plumbing/problems.py says where the hub has these benchmarks.
+SAMPLES = {"aime24": 32, "aime25": 32, "amc23": 32, "math500": 4, "minerva": 4, "olympiad": 4}
 
 # --- The grader -------------------------------------------------------------------------------------------
 
@@ -84,18 +78,15 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 # --- Sampling and scores ----------------------------------------------------------------------------------
 
 
-def evaluate(
-    engine, tokenizer, problems, *, samples, max_new_tokens, temperature, top_p=1.0, context=inf, file=None
-) -> dict:
+def evaluate(engine, tokenizer, problems, *, samples, budget, temperature, top_p=1.0, file=None) -> dict:
     """Sample every problem `samples` times, grade, and return `scores`, which can be written as JSON.
 
-    context: the model's context length in tokens. A response gets what its prompt leaves of it; where that is
-    nothing, the verdict is "long prompt", and nothing is sampled. Without a `file` all is one generation call
-    on torch's random state. A SampleFile keeps samples chunk by chunk, and what it holds is not sampled
-    again.
+    budget(n): tokens of a response to a prompt of n tokens. Where that is not above 0, the verdict is "long
+    prompt", and nothing is sampled. Without a `file` all is one generation call on torch's random state. A
+    SampleFile keeps samples chunk by chunk, and what it holds is not sampled again.
     """
     prompts = [prompt_ids(tokenizer, p["problem"]) for p in problems]
-    budgets = [min(max_new_tokens, context - len(ids)) for ids in prompts]
+    budgets = [budget(len(ids)) for ids in prompts]
     jobs = [(i, k) for i in range(len(problems)) for k in range(samples)]
     rows = file.open(len(jobs)) if file else []
     while len(rows) < len(jobs):
@@ -149,9 +140,9 @@ def scores(rows: list[dict], samples: int) -> dict:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] + " The defaults are the paper's.")
-    add, names = parser.add_argument, ", ".join(BENCHMARKS)
+    add, names = parser.add_argument, ", ".join(SAMPLES)
     add("--model", help="checkpoint folder or hub name")
-    add("--data", nargs="+", default=list(BENCHMARKS), help=f"any of {names}, files, hub names [all six]")
+    add("--data", nargs="+", default=list(SAMPLES), help=f"any of {names}, files, hub names [all six]")
     add("--data_dir", help="folder that holds NAME.jsonl of the benchmarks, instead of the hub")
     add("--split", default="test", help="split of other hub datasets")
     add("--samples", type=int, help="K, responses per problem [the paper's; 4 for other data]")
@@ -191,11 +182,10 @@ def load_benchmarks(args: argparse.Namespace) -> dict[str, tuple[list[dict], int
         name = Path(source).stem
         if name in benchmarks:
             raise ValueError(f"--data has two data sets called {name!r}; evaluate them one by one")
-        where, problem, answer, samples = BENCHMARKS.get(source, (source, "problem", "answer", 4))
-        if source in BENCHMARKS and args.data_dir:
-            where, problem, answer = str(Path(args.data_dir, f"{source}.jsonl")), "problem", "answer"
-        problems = load_problems(where, args.split, problem, answer)[: args.limit]
-        benchmarks[name] = problems, args.samples or samples
+        in_folder = args.data_dir and source in SAMPLES
+        where = str(Path(args.data_dir, f"{source}.jsonl")) if in_folder else source
+        problems = load_problems(where, args.split)[: args.limit]
+        benchmarks[name] = problems, args.samples or SAMPLES.get(source, 4)
     return benchmarks
 
 
@@ -212,15 +202,16 @@ def run(args: argparse.Namespace) -> None:
     longest = min(context, max(map(len, prompts)) + args.max_new_tokens)
     machine = MachineConfig(engine=args.engine, gpu_memory=0.9)
     engine = make_engine(machine, args.model, tokenizer, max_tokens=longest, seed=args.seed)
-    how = {name: settings[name] for name in ("max_new_tokens", "temperature", "top_p")}
-    shown = how | {name: settings[name] for name in ("seed", "chunk", "engine")}
+    shown = {name: settings[name] for name in ("max_new_tokens", "temperature", "top_p", "seed", "chunk")}
+    shown["engine"] = settings["engine"]
+    how = dict(temperature=args.temperature, top_p=args.top_p)
+    how["budget"] = lambda n_prompt: min(args.max_new_tokens, context - n_prompt)
     print(f"{args.model}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
     print(HEADER, flush=True)
     results = {}
     for name, (problems, samples) in benchmarks.items():
         file = SampleFile(out / f"{name}.jsonl", args.chunk, args.seed)
-        how |= dict(samples=samples, context=context, file=file)
-        results[name] = evaluate(engine, tokenizer, problems, **how)
+        results[name] = evaluate(engine, tokenizer, problems, samples=samples, file=file, **how)
         print(table_row(name, results[name]), flush=True)
     written = {"settings": settings, "average": average(list(results.values())), "results": results}
     print(table_row("average", written["average"]))

@@ -6,7 +6,8 @@ Three decisions say where the next tokens go:
 - how many problems the next batch holds: its sequences with non-zero advantage are to meet a target (Eq. 10).
 
 Released code against the paper: it filters only problems that all initial responses solve (Eq. 8 read
-literally filters every problem: `fci_filter="all"`); it rounds Eq. 9 up, the paper to nearest, as here.
+literally filters every problem: `fci_filter="all"`), and its running mean includes the batch that is
+compared; it rounds Eq. 9 up, the paper to nearest, as here.
 """
 
 import math
@@ -28,9 +29,12 @@ def expansion(rewards: list[float]) -> int:
 
 
 def choose_responses(rewards: list[float], count: int, rng: np.random.Generator) -> list[int]:
-    """Indices of the `count` responses to branch: the rarer outcome first, at random within an outcome."""
+    """Indices of the `count` responses to branch: the rarer outcome first, at random within an outcome.
+
+    Of as many right as wrong responses, the wrong ones come first, as in the released code.
+    """
     correct = [r > 0.5 for r in rewards]
-    correct_are_rarer = 2 * sum(correct) <= len(correct)
+    correct_are_rarer = 2 * sum(correct) < len(correct)
     order = sorted(rng.permutation(len(rewards)).tolist(), key=lambda i: correct[i] != correct_are_rarer)
     return sorted(order[:count])
 
@@ -48,10 +52,13 @@ class AdaptiveSampler:
 
         problem_fci: mean over the initial responses of the mean FCI of their steps. fci_filter: which
         problems have to pass, "easy" (those that all initial responses solve), "all" or "none". A problem
-        passes when its FCI is above the mean of those compared before it; the first one passes.
+        passes when its FCI is above the mean of those compared before it; the first one passes. With
+        "drop_easy" no problem that all initial responses solve is branched.
         """
-        if fci_filter == "none" or (fci_filter == "easy" and min(rewards) < 1):
+        if fci_filter == "none" or (fci_filter != "all" and min(rewards) < 1):
             return True
+        if fci_filter == "drop_easy":
+            return False
         passes = self.fci_count == 0 or problem_fci > self.fci_total / self.fci_count  # Eq. 8
         self.fci_total += problem_fci
         self.fci_count += 1

@@ -28,6 +28,7 @@ from eval import evaluate, grade
 from plumbing import checkpoints, logs
 from plumbing.agreement import verify_sync
 from plumbing.command import run_command
+from plumbing.compare import average
 from plumbing.engines import SharedEngine, check_engine, make_engine
 from plumbing.grader import Grader
 from plumbing.learner import NonFiniteUpdates, make_learner
@@ -48,16 +49,13 @@ class RunConfig(MachineConfig):
     model: str = HfArg(default=str(HERE / "tiny"), help="directory or hub name of a chat model")
     algo: Literal["attnrl", "treerl", "grpo"] = HfArg(default="attnrl", help="method fields, see ALGORITHMS")
     preset: Literal["auto", "paper", "tiny"] = HfArg(
-        default="auto",
-        help="defaults, see PRESETS; auto: the one named like the model's directory, else paper",
+        default="auto", help="defaults; auto: the one named like the model's directory, else paper"
     )
     train_data: str = HfArg(
         default="agentica-org/DeepScaleR-Preview-Dataset",
         help="hub name or .jsonl/.json/.parquet with `problem` and `answer`",
     )
-    test_data: str = HfArg(
-        default="HuggingFaceH4/MATH-500", help="held-out problems; `test` split on the hub"
-    )
+    test_data: list[str] = HfArg(default_factory=lambda: ["math500"], help="held out; names as in eval.py")
     output_dir: str = HfArg(default="", help="where the run is written [runs/ALGO-MODEL-SEED]")
     seed: int = HfArg(default=0, help="of sampling, branching and data order")
     steps: int = HfArg(default=500, help="training steps")
@@ -65,7 +63,7 @@ class RunConfig(MachineConfig):
         default=0, help="sample nothing new after so many generated tokens; 0: no limit"
     )
     lr: float = HfArg(default=1e-6, help="AdamW's learning rate, constant")
-    weight_decay: float = HfArg(default=0.0, help="AdamW's")
+    weight_decay: float = HfArg(default=0.01, help="AdamW's")
     eval_every: int = HfArg(default=50, help="steps between evaluations; there is one at both ends, too")
     eval_problems: int = HfArg(default=0, help="how many of the held-out problems; 0: all")
     eval_samples: int = HfArg(default=1, help="samples per held-out problem")
@@ -73,20 +71,21 @@ class RunConfig(MachineConfig):
     save_every: int = HfArg(default=50, help="steps between checkpoints; the last step is always saved")
     keep_checkpoints: int = HfArg(default=2, help="how many to keep")
     same_run: bool = HfArg(default=False, help="go on with a run although source files have changed since")
-    long_prompts: Literal["refuse", "skip"] = HfArg(default="refuse", help="those above max_prompt_tokens")
 
 
-WITHOUT_ADAPTIVE_SAMPLING = dict(expansion="uniform", fci_filter="none", adaptive_batch=False)
+BASELINE = dict(off_policy=False, expansion="uniform", fci_filter="none", adaptive_batch=False)
+BASELINE |= dict(drop_zero_advantage=False, steps=800)
 ALGORITHMS = {  # rows of the paper's Table 1
     "attnrl": {},
-    "treerl": dict(branching="entropy", min_branch_gap=0, off_policy=False) | WITHOUT_ADAPTIVE_SAMPLING,
-    "grpo": dict(branching="none", advantage="group", off_policy=False) | WITHOUT_ADAPTIVE_SAMPLING,
+    "treerl": dict(branching="entropy", min_branch_gap=0) | BASELINE,
+    # The paper does not state GRPO's group size. 30, the leaves of a tree, is inferred from its token counts.
+    "grpo": dict(branching="none", advantage="group", group_size=30) | BASELINE,
 }
 PRESETS = {
     "paper": {},
-    "tiny": dict(max_prompt_tokens=128, max_response_tokens=128, batch_size=16, min_batch_size=8)
-    | dict(max_batch_size=48, target_sequences=240, minibatch_prompts=8, lr=4e-4, token_budget=400_000)
-    | dict(train_data=str(HERE / "tiny/train.jsonl"), test_data=str(HERE / "tiny/test.jsonl"))
+    "tiny": dict(max_prompt_tokens=128, max_response_tokens=128, batch_size=12, min_batch_size=6)
+    | dict(max_batch_size=36, target_sequences=180, minibatch_sequences=48, lr=4e-4, token_budget=400_000)
+    | dict(train_data=str(HERE / "tiny/train.jsonl"), test_data=[str(HERE / "tiny/test.jsonl")])
     | dict(eval_every=10, save_every=20, gradient_checkpointing=False),
 }
 
@@ -100,7 +99,7 @@ def parse_config(argv: list[str]) -> tuple[RunConfig, MethodConfig]:
 
     run, method = parse((RunConfig, MethodConfig), argv, __doc__.split("\n")[0], overrides)
     run.output_dir = run.output_dir or f"runs/{run.algo}-{Path(run.model).name}-{run.seed}"
-    run.model, run.train_data, run.test_data = map(absolute, (run.model, run.train_data, run.test_data))
+    run.model, run.train_data, *run.test_data = map(absolute, [run.model, run.train_data, *run.test_data])
     with one_sentence():
         run.check(may_be_zero={"seed", "token_budget", "weight_decay", "eval_problems", "eval_temperature"})
         method.check()
@@ -128,13 +127,17 @@ def build(run: RunConfig, method: MethodConfig, tokenizer, checkpoint: Path | No
     return AttnRL(method, engine, learner, Grader(grade), tokenizer.decode, run.seed)
 
 
-def held_out(run: RunConfig, method: MethodConfig, engine, tokenizer, problems: list[dict]) -> dict:
+def held_out(run: RunConfig, method: MethodConfig, engine, tokenizer, problems: dict[str, list]) -> dict:
     """Metrics of the held-out problems; every evaluation uses the same random numbers, none of training's."""
-    how = dict(samples=run.eval_samples, temperature=run.eval_temperature)
+    budget = lambda n_prompt: method.max_response_tokens if n_prompt <= method.max_prompt_tokens else 0
+    how = dict(samples=run.eval_samples, temperature=run.eval_temperature, budget=budget)
     with fork_rng():
         torch.manual_seed(engine_seed(run))
-        r = evaluate(engine, tokenizer, problems, max_new_tokens=method.max_response_tokens, **how)
-    return {"test_accuracy": r["pass@1"], "test_tokens": r["mean_tokens"], "test_truncated": r["truncated"]}
+        results = {name: evaluate(engine, tokenizer, rows, **how) for name, rows in problems.items()}
+    measured = {"": average(list(results.values()))}
+    measured |= {f"_{name}": r for name, r in results.items() if len(results) > 1}
+    named = {"test_accuracy": "pass@1", "test_tokens": "mean_tokens", "test_truncated": "truncated"}
+    return {new + name: r[old] for name, r in measured.items() for new, old in named.items()}
 
 
 # --- The run ----------------------------------------------------------------------------------------------
@@ -147,7 +150,7 @@ class Ready:
     trainer: AttnRL
     tokenizer: object
     stream: Stream  # of training problems
-    test_problems: list[dict]
+    test_problems: dict[str, list[dict]]  # by file
     progress: Progress
     log: logs.Log
 
@@ -201,7 +204,7 @@ def train(run: RunConfig, method: MethodConfig, stop=lambda: False) -> None:
     if not log.lines:
         tested = test()
         progress.first_accuracy = tested["test_accuracy"]
-        n = len(ready.test_problems)
+        n = sum(map(len, ready.test_problems.values()))
         print(f"before training: {tested['test_accuracy']:.1%} of {n} held-out problems solved")
         log.add("metrics.jsonl", {"step": 0, **tested, "total_tokens": 0})
     bar, stopping = ProgressBar(run, progress), any_process(stop())

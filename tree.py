@@ -184,7 +184,7 @@ def tree_advantages(leaves: list[Leaf]) -> list[np.ndarray]:
 
 
 def group_advantages(leaves: list[Leaf]) -> list[np.ndarray]:
-    """GRPO: (R - mean) / std over the group, for all tokens alike; sample std. Rewards must differ."""
+    """GRPO: (R - mean) / std over the group, for all tokens alike; sample std. 0 if all are equal."""
     rewards = np.array([leaf.reward for leaf in leaves])
-    normalised = (rewards - rewards.mean()) / rewards.std(ddof=1)
+    normalised = (rewards - rewards.mean()) / (rewards.std(ddof=1) or 1.0)
     return [np.full(leaf.length, a, dtype=np.float32) for leaf, a in zip(leaves, normalised)]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval import BENCHMARKS, verdict
+from eval import SAMPLES, verdict
 from plumbing.answers import normalise, number
 from plumbing.problems import load_problems
 from plumbing.symbolic import CHECKER, WORKERS
@@ -154,7 +154,7 @@ def main() -> None:
     print(f"| right verdicts of | golds | {' | '.join(FORMS)} | s per 1,000 |")
     print("| --- " * (len(FORMS) + 3) + "|")
     all_asked, all_right, all_errors, all_golds, all_seconds = Counter(), Counter(), [], 0, 0.0
-    for name in BENCHMARKS:
+    for name in SAMPLES:
         problems = load_problems(str(Path(args.data_dir, f"{name}.jsonl")))
         asked, right, errors, seconds = check(problems)
         golds = sum(len(p["answers"]) for p in problems)

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5
 FLAGS = (
     f"--steps {STEPS} --token_budget 0 --batch_size 4 --min_batch_size 2 --max_batch_size 6 --group_size 3 "
-    "--target_sequences 30 --minibatch_prompts 2 --eval_problems 8 --eval_every 3 --save_every 1 "
+    "--target_sequences 30 --minibatch_sequences 16 --eval_problems 8 --eval_every 3 --save_every 1 "
     "--keep_checkpoints 2 --threads 1 --engine torch"
 ).split()
 

@@ -17,8 +17,6 @@ from plumbing.processes import on_rank_0, rank, union, world_size
 from plumbing.settings import InputError, RunStopped
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
 HELD: list[FileLock] = []  # of the directories that this process has opened
 
 
@@ -206,11 +204,10 @@ def restore(learner, checkpoint: Path, state: dict) -> None:
     saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, mmap=world_size() > 1)
     for i, parameter in enumerate(learner.model.parameters()):
         if isinstance(parameter, DTensor):
-            moments, mesh = saved["optimizer"]["state"].get(i, {}), parameter.device_mesh
+            moments, placed = saved["optimizer"]["state"].get(i, {}), parameter.placements
             for name in {"exp_avg", "exp_avg_sq"} & moments.keys():
-                moments[name] = distribute_tensor(
-                    moments[name], mesh, parameter.placements, src_data_rank=None
-                )
+                whole, mesh = moments[name], parameter.device_mesh
+                moments[name] = distribute_tensor(whole, mesh, placed, src_data_rank=None)
     learner.optimizer.load_state_dict(saved["optimizer"])
     learner.skipped_in_a_row = state["skipped_in_a_row"]
     if len(saved["rng"]) != world_size():

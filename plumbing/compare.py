@@ -10,12 +10,9 @@ import numpy as np
 
 def average(results: list[dict]) -> dict:
     """The paper's last column: every benchmark has the same weight. Counts are summed."""
-    averaged, summed = (
-        ("pass@1", "pass@k", "mean_tokens", "truncated"),
-        ("n_problems", "timeouts", "long_prompts"),
-    )
+    averaged = ("pass@1", "pass@k", "mean_tokens", "truncated")
     mean = {name: statistics.fmean(r[name] for r in results) for name in averaged}
-    mean |= {name: sum(r[name] for r in results) for name in summed}
+    mean |= {name: sum(r[name] for r in results) for name in ("n_problems", "timeouts", "long_prompts")}
     errors = [r["stderr"] for r in results]
     stderr = None if None in errors else math.hypot(*errors) / len(errors)
     return mean | {"samples": "", "stderr": stderr}

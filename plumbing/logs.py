@@ -71,6 +71,11 @@ def n_generated(new: list, due: list) -> int:
     return sum(len(r.ids) - r.start for r in sampled(new, due))
 
 
+def n_valid_tokens(due: list) -> int:
+    """Tokens of the sequences of a batch that have a non-zero advantage somewhere."""
+    return sum(len(r.ids) for p in due for r in p.rollouts if any(r.advantages))
+
+
 def step_metrics(new: list, due: list, updates: list[dict]) -> dict:
     """All metrics of a step: of the problems sampled, of the batch trained on, and of its updates."""
     drift = mismatch([r.gaps() for r in sampled(new, due)])
@@ -97,21 +102,24 @@ def batch_metrics(due: list) -> dict:
     """What Figures 4, 6 and 7 plot, of the batch trained on; shares in [0, 1], None if of nothing."""
     if not due:
         return {}
-    rollouts = [r for p in due for r in p.rollouts]
-    valid = [r for r in rollouts if any(r.advantages)]
-    mc = [[r.reward for r in p.rollouts if r.start > 0] for p in due if p.branches]
-    uniform = [p for p in due if len({r.reward for r in p.initial()}) == 1]
+    trained = [r for p in due for r in p.rollouts if r.advantages]  # dropped problems have none
+    n_valid, n_tokens = n_valid_tokens(due), sum(len(r.ids) for r in trained)
+    branched = [p for p in due if p.branches]
+    mc = [[r.reward for r in p.rollouts if r.start > 0] for p in branched]
+    solved = lambda p: float(np.mean([r.reward for r in p.initial()]))
     return {
         "mc_solve_all": share([min(rewards) == 1 for rewards in mc]),
         "mc_solve_none": share([max(rewards) == 0 for rewards in mc]),
         "mc_valid": share([min(rewards) < max(rewards) for rewards in mc]),
-        "rescued": share([p.mixed() for p in uniform]),  # invalid after initial sampling, valid after MC
+        # invalid after initial sampling, valid after MC
+        "rescued_all_right": share([p.mixed() for p in branched if solved(p) == 1]),
+        "rescued_all_wrong": share([p.mixed() for p in branched if solved(p) == 0]),
         "valid_problems": sum(p.mixed() for p in due),
-        "valid_sequences": len(valid),
-        "sequences": len(rollouts),
-        "valid_tokens": sum(len(r.ids) for r in valid) / sum(len(r.ids) for r in rollouts),
+        "valid_sequences": sum(any(r.advantages) for r in trained),
+        "sequences": len(trained),
+        "valid_tokens": n_valid / n_tokens if trained else None,
         "problem_fci": [p.fci for p in due],
-        "problem_initial_reward": [float(np.mean([r.reward for r in p.initial()])) for p in due],
+        "problem_initial_reward": [solved(p) for p in due],
         "problem_valid": [p.mixed() for p in due],
     }
 
@@ -177,7 +185,7 @@ def plot_curves(out: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
     panels = {
         "accuracy": ["test_accuracy", "reward"],
-        "shares": ["valid_tokens", "mc_valid", "rescued", "filtered"],
+        "shares": ["valid_tokens", "mc_valid", "rescued_all_right", "rescued_all_wrong"],
         "entropy (nats per token)": ["entropy"],
         "problems per batch": ["batch_size", "valid_problems"],
     }

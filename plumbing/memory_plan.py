@@ -170,6 +170,7 @@ def plan(s: Shape, run, method, card: float) -> dict[str, list[int]]:
         kept, kept_name = s.layers * activations, f"activations of {s.layers} layers"
         copies, recomputed = [whole] * 4, 0
     hidden, logits_forward = last_hidden(s, tokens), logits(s, chunk)
+    backward = recomputed + layer_backward(s, tokens, autocast)
     always = lambda size: [size] * 4
     in_update = lambda size: [0, size, size, size]
     rows = {
@@ -180,12 +181,7 @@ def plan(s: Shape, run, method, card: float) -> dict[str, list[int]]:
         "autocast's copies of weights": copies,
         kept_name: in_update(kept),
         "last norm, hidden states": [0, hidden, hidden, 0],
-        "one layer": [
-            layer_forward(s, tokens, autocast),
-            0,
-            0,
-            recomputed + layer_backward(s, tokens, autocast),
-        ],
+        "one layer": [layer_forward(s, tokens, autocast), 0, 0, backward],
         "logits of a chunk": [logits_forward, logits_forward, logits_backward(s, chunk, autocast), 0],
         "FCI": [fci(s, tokens), 0, 0, 0],
     }

@@ -10,13 +10,23 @@ from tqdm import tqdm
 from plumbing.models import context_length, prompt_ids
 from plumbing.processes import rank
 
+BENCHMARKS = {  # the paper's: hub dataset, its columns of problems and answers
+    "aime24": ("math-ai/aime24", "problem", "solution"),
+    "aime25": ("math-ai/aime25", "problem", "answer"),
+    "amc23": ("math-ai/amc23", "question", "answer"),
+    "math500": ("HuggingFaceH4/MATH-500", "problem", "answer"),
+    "minerva": ("math-ai/minervamath", "question", "answer"),
+    "olympiad": ("math-ai/olympiadbench", "question", "final_answer"),
+}
 
-def load_problems(source: str, split="train", problem="problem", answer="answer") -> list[dict]:
-    """[{"problem": str, "answers": [str, ...]}] of a .jsonl, .json or .parquet file or a hub dataset.
 
-    `problem` and `answer` name the columns; an answer is text, a number, or a list of them. `split` is for
-    hub datasets only. Raises ValueError, one sentence with the value and the remedy.
+def load_problems(source: str, split="train") -> list[dict]:
+    """[{"problem": str, "answers": [str, ...]}] of a benchmark of the paper, a .jsonl, .json or .parquet file
+    or a hub dataset, with columns `problem` and `answer`: text, a number, or a list of them.
+
+    `split` is for the hub only. Raises ValueError, one sentence with the value and the remedy.
     """
+    source, problem, answer = BENCHMARKS.get(source, (source, "problem", "answer"))
     try:
         rows = _read_rows(source, split)
     except Exception as error:  # json, unicode, pyarrow, datasets and the network each have their own
@@ -58,25 +68,22 @@ def _problem(row: object, where: str, problem: str, answer: str) -> dict:
     return {"problem": row[problem], "answers": [str(a).strip() for a in answers]}
 
 
-def fitting(problems: list[dict], name: str, tokenizer, longest: int, long_prompts: str) -> list[dict]:
-    """Problems with their `prompt_ids`; longer ones are left out, or refused (ValueError naming `name`)."""
+def with_prompts(problems: list[dict], name: str, tokenizer, longest: int, fate: str) -> list[dict]:
+    """Problems with their `prompt_ids`; prints how many of these are too long, and their fate. ValueError if
+    all are."""
     found = []
     for p in tqdm(problems, desc=name, delay=2, disable=rank() > 0):
         found.append(p | {"prompt_ids": prompt_ids(tokenizer, p["problem"])})
-    lengths = [len(p["prompt_ids"]) for p in found]
-    too_long = sum(n > longest for n in lengths)
-    if too_long and long_prompts == "refuse":
-        raise ValueError(
-            f"{too_long} of {len(problems)} prompts of {name} are longer than max_prompt_tokens={longest} "
-            f"(the longest has {max(lengths)} tokens): raise it, or pass --long_prompts skip"
-        )
-    if too_long == len(problems):
-        raise ValueError(f"no prompt of {name} fits into max_prompt_tokens={longest}: raise it")
-    return [p for p, n in zip(found, lengths) if n <= longest]
+    n_long, limit = sum(len(p["prompt_ids"]) > longest for p in found), f"max_prompt_tokens={longest}"
+    if n_long == len(found):
+        raise ValueError(f"no prompt of {name} fits into {limit}: raise it")
+    if n_long:
+        print(f"{n_long} of {len(found)} prompts of {name} are longer than {limit} and {fate}")
+    return found
 
 
-def load_fitting(run, method, tokenizer) -> tuple[list[dict], list[dict]]:
-    """Training and held-out problems, with every prompt and response known to fit. Raises ValueError.
+def load_fitting(run, method, tokenizer) -> tuple[list[dict], dict[str, list[dict]]]:
+    """Training problems whose prompts fit, and all held-out ones by the name of their file. ValueError.
 
     run, method: RunConfig and MethodConfig.
     """
@@ -85,10 +92,15 @@ def load_fitting(run, method, tokenizer) -> tuple[list[dict], list[dict]]:
     if needed > context:
         has = f"exceeds the model's context of {context} tokens"
         raise ValueError(f"max_prompt_tokens + max_response_tokens = {needed} {has}: lower one of them")
-    train, test = load_problems(run.train_data, "train"), load_problems(run.test_data, "test")
-    test = test[: run.eval_problems or None]
-    train = fitting(train, "train_data", tokenizer, longest, run.long_prompts)
-    return train, fitting(test, "test_data", tokenizer, longest, run.long_prompts)
+    train, held_out = load_problems(run.train_data), {}
+    for source in run.test_data:
+        name = Path(source).stem
+        if name in held_out:
+            raise ValueError(f"test_data has two data sets called {name!r}: rename one")
+        rows = load_problems(source, "test")[: run.eval_problems or None]
+        held_out[name] = with_prompts(rows, name, tokenizer, longest, "count as wrong")
+    train = with_prompts(train, "train_data", tokenizer, longest, "are left out")
+    return [p for p in train if len(p["prompt_ids"]) <= longest], held_out
 
 
 class Stream:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from plumbing.logs import n_generated
+from plumbing.logs import n_generated, n_valid_tokens
 from plumbing.processes import rank
 
 
@@ -15,6 +15,7 @@ class Progress:
     step: int = 0  # batches trained on
     position: int = 0  # in the stream of training problems
     tokens: int = 0  # generated for training
+    valid_tokens: int = 0  # of sequences with non-zero advantage
     updates: int = 0  # optimiser steps
     first_accuracy: float = 0.0  # held out, before training
     test_accuracy: float = 0.0  # held out, at the last evaluation
@@ -24,11 +25,13 @@ class Progress:
         self.step += bool(due)
         self.position += len(new)
         self.tokens += n_generated(new, due)
+        self.valid_tokens += n_valid_tokens(due)
         self.updates += sum(not report["skipped"] for report in updates)
 
     def totals(self) -> dict[str, int]:
         """For metrics.jsonl."""
-        return {"total_problems": self.position, "total_updates": self.updates, "total_tokens": self.tokens}
+        totals = {"total_problems": self.position, "total_updates": self.updates}
+        return totals | {"total_tokens": self.tokens, "total_valid_tokens": self.valid_tokens}
 
     def enough(self, run, pending: bool = False) -> bool:
         """Whether nothing new is sampled any more. A pending batch will be the step after this one."""

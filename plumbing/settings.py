@@ -34,16 +34,12 @@ class MachineConfig:
     engine: Literal["auto", "torch", "vllm"] = HfArg(default="auto", help="auto: vllm where it and CUDA are")
     gpu_memory: float = HfArg(default=0.4, help="share of the GPU that vllm may use")
     engine_sleep: bool = HfArg(default=False, help="vllm hands its GPU memory back during updates; CUDA only")
-    tensor_parallel: int = HfArg(
-        default=1, help="neighbouring GPUs that hold one vllm engine; needs torchrun"
-    )
+    tensor_parallel: int = HfArg(default=1, help="GPUs that hold one vllm engine together; needs torchrun")
     autocast: Literal["auto", "none", "bfloat16"] = HfArg(default="auto", help="auto: bfloat16 on CUDA")
     gradient_checkpointing: bool = HfArg(default=True, help="recompute activations in backward: less memory")
     microbatch_tokens: int = HfArg(default=16384, help="rows x longest sequence of one forward pass")
     logit_chunk: int = HfArg(default=512, help="tokens whose logits exist at once")
-    max_skipped_updates: int = HfArg(
-        default=3, help="so many updates in a row that are not finite stop a run"
-    )
+    max_skipped_updates: int = HfArg(default=3, help="updates in a row, not finite, that stop a run")
     threads: int = HfArg(default=0, help="CPU threads; 0: torch's choice")
     plan: bool = HfArg(default=False, help="print the GPU memory that is needed, and stop; loads no weights")
     gpu_gb: float = HfArg(default=0, help="for --plan, the GPU's memory in GB; 0: of the one there, else 80")
@@ -55,15 +51,7 @@ class MachineConfig:
 
 
 # A run may be resumed under another value of these: where, how long, on which engine, and memory knobs.
-MAY_CHANGE = {
-    "output_dir",
-    "same_run",
-    "steps",
-    "token_budget",
-    "save_every",
-    "keep_checkpoints",
-    "max_engine_gap",
-}
+MAY_CHANGE = set("output_dir same_run steps token_budget save_every keep_checkpoints max_engine_gap".split())
 MAY_CHANGE |= {field.name for field in fields(MachineConfig)} - {"autocast"}
 
 

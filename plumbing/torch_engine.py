@@ -112,10 +112,7 @@ class TorchEngine:
         self.model.generation_config = own
         recorder(output, recorder.distribution)  # the last token drawn
         sampled, logps = output[:, longest:].tolist(), torch.cat(recorder.logps, dim=1).tolist()
-        return [
-            self._trim(row, row_logps, r.max_new_tokens)
-            for row, row_logps, r in zip(sampled, logps, requests)
-        ]
+        return [self._trim(i, x, r.max_new_tokens) for i, x, r in zip(sampled, logps, requests)]
 
     def _trim(self, ids: list[int], logps: list[float], budget: int) -> Response:
         stop = next((i + 1 for i, token in enumerate(ids[:budget]) if token in self.eos_ids), None)

@@ -28,11 +28,11 @@ SMALL = dict(  # of MethodConfig: steps that take a second
     group_size=4,
     max_prompt_tokens=128,
     max_response_tokens=128,
-    minibatch_prompts=2,
+    minibatch_sequences=16,
 )
 SHORT = (  # flags of train.py: runs that take seconds
     "--batch_size 4 --min_batch_size 2 --max_batch_size 6 --target_sequences 30 --group_size 3 "
-    "--minibatch_prompts 2 --token_budget 0 --eval_problems 8 --eval_every 2 --save_every 1 "
+    "--minibatch_sequences 16 --token_budget 0 --eval_problems 8 --eval_every 2 --save_every 1 "
     "--keep_checkpoints 9"
 ).split()
 

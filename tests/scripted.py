@@ -5,7 +5,7 @@ from plumbing.nouns import Response
 
 PROBLEMS = [{"problem": "abc", "answers": ["1"]}, {"problem": "defgh", "answers": ["2", "3"]}]
 TEXTS = [r"\boxed{1}", "so...", r"\boxed{2}</think>\boxed{3}<eos>", r"\boxed{2}"]
-SETTINGS = dict(samples=2, max_new_tokens=10, temperature=0.6, top_p=0.9)
+SETTINGS = dict(samples=2, budget=lambda n_prompt: 10, temperature=0.6, top_p=0.9)
 
 
 class ScriptedEngine:

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 from conftest import ROOT
 
-from eval import BENCHMARKS, grade, verdict
+from eval import SAMPLES, grade, verdict
 from experiments.grader_parity import check, hostile
 from plumbing.answers import boxed_answer, elements, normalise, number
 from plumbing.problems import load_problems
@@ -219,7 +219,7 @@ def test_ten_thousand_hostile_answers_raise_nothing_and_equal_themselves(monkeyp
 
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.exists(), reason="needs the benchmark files")
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", SAMPLES)
 def test_parity_on_the_benchmarks(name):
     problems = load_problems(str(DATA / f"{name}.jsonl"))
     assert all(grade(f"So \\boxed{{{gold}}}.", p["answers"]) for p in problems for gold in p["answers"])

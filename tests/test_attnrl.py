@@ -22,7 +22,7 @@ from conftest import (
     n_updates,
 )
 
-from attnrl import AttnRL, MethodConfig, Problem, Rollout, policy_loss
+from attnrl import AttnRL, MethodConfig, Problem, Rollout, minibatches, policy_loss
 from eval import grade
 from plumbing.agreement import EngineMismatch
 from plumbing.grader import Grader
@@ -66,7 +66,7 @@ def test_first_gradient_is_reinforce_on_full_logits(tiny_model, tiny_tokenizer, 
 
     w is 1 for recomputed log-probs, and min(P(trainer) / P(engine), 2) of each token for the engine's.
     """
-    fields = dict(kl_coef=0.0, off_policy=False, old_logps=old_logps, minibatch_prompts=4)
+    fields = dict(kl_coef=0.0, off_policy=False, old_logps=old_logps, minibatch_sequences=64)
     trainer = make_trainer(tiny_model, tiny_tokenizer, **fields)
     ((sequences, loss, divisors),) = handed_over(trainer)
     n = sum(len(s.response_ids) for s in sequences)
@@ -135,7 +135,7 @@ def test_engine_sleeps_during_updates_only(tiny_model, tiny_tokenizer, monkeypat
         sampled = ["generate", "score", "score"]  # initial responses are scored, then continuations
         expected += sampled if off_policy else [*sampled, *sampled]
         if due:
-            n_minibatches = math.ceil(metrics["valid_problems"] / 2)
+            n_minibatches = max(1, round(metrics["sequences"] / 16))
             expected += ["sleep", *["update"] * n_minibatches, "load"]
             assert n_minibatches > 0
     assert calls == expected and calls.count("load") == (1 if off_policy else 2)
@@ -225,6 +225,22 @@ def test_a_batch_without_signal_updates_nothing_and_grows_to_its_bound(
     assert all(map(torch.equal, before, tiny_model.parameters()))
 
 
+@pytest.mark.parametrize("advantage", ["tree", "group"])
+def test_kept_problems_without_advantage_carry_the_kl_alone(tiny_model, tiny_tokenizer, advantage):
+    """GRPO and TreeRL: problems that are all wrong are trained on with advantage 0, so that only the KL moves
+    the weights."""
+    fields = dict(rule=lambda response, answers: False, drop_zero_advantage=False, advantage=advantage)
+    trainer = make_trainer(tiny_model, tiny_tokenizer, kl_coef=1.0, **fields)
+    measured_step(trainer, make_problems(tiny_tokenizer))
+    with torch.no_grad():
+        next(tiny_model.parameters()).mul_(1.1)  # away from the reference
+    metrics, due = measured_step(trainer, [])
+    assert all(not any(r.advantages) and len(r.advantages) == len(r.ids) for p in due for r in p.rollouts)
+    assert metrics["valid_tokens"] == 0 and metrics["sequences"] == sum(len(p.rollouts) for p in due)
+    assert metrics["loss"] == pytest.approx(metrics["kl"]) and metrics["kl"] > 1e-4
+    assert n_updates(trainer.learner) > 0
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -234,6 +250,8 @@ def test_a_batch_without_signal_updates_nothing_and_grows_to_its_bound(
         dict(expansion="uniform"),
         dict(fci_filter="all"),
         dict(fci_filter="none"),
+        dict(fci_filter="drop_easy"),
+        dict(drop_zero_advantage=False),
         dict(adaptive_batch=False),
         dict(advantage="group"),
         dict(kl_coef=0.0),
@@ -291,6 +309,63 @@ def test_the_state_round_trips_through_plain_json():
     third.load_state(json.loads(json.dumps(trainer.state())))
     assert json.dumps(third.state()) == json.dumps(trainer.state())
     assert third.rng.random() == other.rng.random() == trainer.rng.random()
+
+
+# --- Minibatches ------------------------------------------------------------------------------------------
+
+
+def test_minibatches_are_whole_problems_nearly_equal_and_none_is_a_leftover():
+    """Every problem once and in order; round(sequences / size) of them, at least one; a boundary is off by
+    half a problem at most."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        counts = rng.integers(6, 31, size=rng.integers(1, 60))
+        problems = [Problem(str(i), [], [], [Rollout(0)] * n) for i, n in enumerate(counts)]
+        size = int(rng.integers(31, 200))
+        made = minibatches(problems, size)
+        assert [p for minibatch in made for p in minibatch] == problems
+        assert len(made) == max(1, round(counts.sum() / size))
+        equal = counts.sum() / len(made)
+        assert all(abs(sum(len(p.rollouts) for p in minibatch) - equal) <= 30 for minibatch in made)
+    single = [Problem("p", [], [], [Rollout(0)] * 6)]
+    assert minibatches(single * 3, 1) == [single] * 3  # smaller than a problem: one problem each
+
+
+def simulated_steps(n_steps, solve_rates, **fields):
+    """Reports of the updates of each step, at the size of the paper: only the machines are canned."""
+    rng, words = np.random.default_rng(0), ["x", ".\n\n", "right", "wrong"]
+
+    class Engine(CannedEngine):
+        def generate(self, requests, temperature, top_p):
+            ids = [[0, 1] * 8 + [3 - int(rng.random() < solve_rates[r.prompt_ids[0]])] for r in requests]
+            ids = [own[len(r.prompt_ids) - 1 :] for own, r in zip(ids, requests)]
+            return [Response(own, [-1.0] * len(own), "stop") for own in ids]
+
+    decode = lambda ids: "".join(words[i] for i in ids)
+    cfg = MethodConfig(max_engine_gap=100, **fields)
+    trainer = AttnRL(cfg, Engine(), CannedLearner(), CannedGrader(), decode)
+    updates = []
+    for _ in range(n_steps):
+        chosen = rng.integers(len(solve_rates), size=trainer.sampler.batch_size)
+        _, reports = trainer.step([Problem("p", ["1"], [int(i)]) for i in chosen], nullcontext)
+        updates.append([len(report["sequences"]) for report in reports])
+    return updates
+
+
+def test_a_step_of_the_papers_size_makes_about_ten_updates_on_192_sequences():
+    """Default fields, a policy whose success differs from problem to problem: once Eq. 10 has found the batch
+    that gives 1,920 useful sequences, a step makes ten updates, each on 192 sequences give or take half a
+    tree at both ends. GRPO's 64 groups of 30 make ten from the first step on."""
+    solve_rates = np.random.default_rng(1).random(200)
+    updates = simulated_steps(60, solve_rates)
+    assert updates[0] == []  # off-policy: the first step only samples
+    settled = [n for reports in updates[30:] for n in reports]
+    assert np.mean([len(reports) for reports in updates[30:]]) == pytest.approx(10, abs=0.5)
+    assert np.mean(settled) == pytest.approx(192, rel=0.05) and max(abs(n - 192) for n in settled) < 45
+
+    grpo = dict(branching="none", fci_filter="none", advantage="group", group_size=30, off_policy=False)
+    grpo |= dict(adaptive_batch=False, drop_zero_advantage=False)
+    assert {len(reports) for reports in simulated_steps(2, solve_rates, **grpo)} == {10}
 
 
 # --- A student can replace a machine by ten lines ---------------------------------------------------------
@@ -362,7 +437,7 @@ def test_a_student_can_replace_the_engine_by_ten_lines(tiny_model, tiny_tokenize
     trainer.step(problems, clock=nullcontext)
     assert all(map(torch.equal, before, tiny_model.parameters()))
     due, updates = trainer.step([], clock=nullcontext)
-    assert due is problems and len(updates) == 2 == n_updates(trainer.learner)
+    assert due is problems and len(updates) == 3 == n_updates(trainer.learner)  # 48 sequences, 16 each
     assert all([r.reward for r in p.initial()] == [1, 0, 1, 0] and len(p.rollouts) > 4 for p in due)
     assert not any(map(torch.equal, before, tiny_model.parameters())) and lead() > lead_before
 
@@ -373,7 +448,7 @@ def test_a_whole_step_needs_no_model():
 
     A response has six steps of two tokens and one of one. FCI rises from step to step, so the candidates of
     Eq. 7 are the last two of seven, at tokens 10 and 12. Two of four are right: round(4 exp(-1/2)) = 2 are
-    branched, the right ones first.
+    branched, the wrong ones first.
     """
     words = ["x", ".\n\n", "right", "wrong"]
     decode = lambda ids: "".join(words[i] for i in ids)
@@ -384,19 +459,19 @@ def test_a_whole_step_needs_no_model():
     new = [Problem("p", ["1"], [9, 9, 9])]
     assert trainer.step(new, clock=nullcontext) == ([], [])
     (problem,) = trainer.pending
-    assert problem.branches == [(0, 10), (0, 12), (2, 10), (2, 12)] and problem.kept
+    assert problem.branches == [(1, 10), (1, 12), (3, 10), (3, 12)] and problem.kept
     assert problem.rollouts[0].fci == [0, 2, 3, 4, 5, 6, 7]
 
     (problem,), (update,) = trainer.step([], clock=nullcontext)
     starts = [(r.family, r.start, r.reward) for r in problem.rollouts[4:]]
-    assert starts == [(f, start, right) for f in (0, 2) for start in (10, 12) for right in (1, 0)]
-    # Eq. 2 and 3: V(root) = 1/2; the first response's segments have 5, 3 and 1 leaves
-    first, second, third = (2 * 3 / 5 - 1) / 5**0.5, (2 * 2 / 3 - 1 / 2 - 3 / 5) / 3**0.5, 2 - 1 / 2 - 2 / 3
+    assert starts == [(f, start, right) for f in (1, 3) for start in (10, 12) for right in (1, 0)]
+    # Eq. 2 and 3: V(root) = 1/2; the second response's segments have 5, 3 and 1 leaves
+    first, second, third = (2 * 2 / 5 - 1) / 5**0.5, (2 * 1 / 3 - 1 / 2 - 2 / 5) / 3**0.5, -1 / 2 - 1 / 3
     expected = [first] * 10 + [second] * 2 + [third]
-    assert problem.rollouts[0].advantages == pytest.approx(expected)
-    assert problem.rollouts[1].advantages == pytest.approx([-1] * 13)
-    # a wrong continuation from token 12, of 13 tokens
-    assert problem.rollouts[7].advantages == pytest.approx(expected[:12] + [-1 / 2 - 2 / 3] * 13)
+    assert problem.rollouts[1].advantages == pytest.approx(expected)
+    assert problem.rollouts[0].advantages == pytest.approx([1] * 13)
+    # a right continuation from token 12, of 13 tokens
+    assert problem.rollouts[6].advantages == pytest.approx(expected[:12] + [2 - 1 / 2 - 1 / 3] * 13)
     # Eq. 1 where the policy is the one that sampled: minus the advantages, divided by all response tokens
     assert update["divisors"] == [4 * 13 + 4 * 23 + 4 * 25] * 12
     advantages = [a for r in problem.rollouts for a in r.advantages]

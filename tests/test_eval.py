@@ -14,8 +14,9 @@ from conftest import ROOT, TINY
 from scripted import PROBLEMS, SETTINGS, TEXTS, CharTokenizer, ScriptedEngine
 
 import eval as evaluation
-from eval import BENCHMARKS, evaluate, grade, load_benchmarks, parse_args, pass_at_k
+from eval import evaluate, grade, load_benchmarks, parse_args, pass_at_k
 from plumbing.compare import compare
+from plumbing.problems import BENCHMARKS
 from plumbing.samples import SampleFile
 from plumbing.symbolic import CHECKER
 from plumbing.torch_engine import TorchEngine
@@ -43,9 +44,8 @@ def test_pass_at_k_refuses_what_it_cannot_estimate(n, c, k):
 
 def test_evaluate(tmp_path):
     engine, path = ScriptedEngine(TEXTS), tmp_path / "a.jsonl"
-    result = evaluate(
-        engine, CharTokenizer(), PROBLEMS, **SETTINGS, context=14, file=SampleFile(path, chunk=512)
-    )
+    settings = SETTINGS | {"budget": lambda n_prompt: min(10, 14 - n_prompt)}
+    result = evaluate(engine, CharTokenizer(), PROBLEMS, **settings, file=SampleFile(path, chunk=512))
     assert ["".join(map(chr, r.prompt_ids)) for r in engine.requests] == ["abc", "abc", "defgh", "defgh"]
     assert [r.max_new_tokens for r in engine.requests] == [10, 10, 9, 9]  # 14 - 5 < 10
     assert engine.calls == [(0.6, 0.9)]
@@ -63,17 +63,18 @@ def test_evaluate(tmp_path):
 
 
 def test_one_problem_has_no_standard_error():
-    settings = dict(samples=1, max_new_tokens=4, temperature=1.0)
+    settings = SETTINGS | {"samples": 1}
     result = evaluate(ScriptedEngine(["1"]), CharTokenizer(), PROBLEMS[:1], **settings)
     assert result["stderr"] is None and result["pass@1"] == 0 and result["pass@k"] == 0
 
 
 def test_prompts_that_fill_the_context_are_reported_and_count_as_wrong():
     engine = ScriptedEngine([r"\boxed{1}"] * 2)
-    result = evaluate(engine, CharTokenizer(), PROBLEMS, **SETTINGS, context=5)
+    within = lambda context: SETTINGS | {"budget": lambda n_prompt: context - n_prompt}
+    result = evaluate(engine, CharTokenizer(), PROBLEMS, **within(5))
     assert len(engine.requests) == 2 and result["long_prompts"] == 1
     assert result["per_problem"] == [1.0, 0.0] and result["mean_tokens"] == 9
-    nothing = evaluate(ScriptedEngine([]), CharTokenizer(), PROBLEMS, **SETTINGS, context=3)
+    nothing = evaluate(ScriptedEngine([]), CharTokenizer(), PROBLEMS, **within(3))
     assert nothing["long_prompts"] == 2 and nothing["pass@1"] == 0 and nothing["mean_tokens"] == 0
 
 
@@ -143,7 +144,7 @@ def test_a_folder_with_other_settings_is_refused(tmp_path):
 
 def test_benchmarks_come_from_the_hub_or_a_folder(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    columns = {name: (question, answer) for name, question, answer, _ in BENCHMARKS.values()}
+    columns = {name: (question, answer) for name, question, answer in BENCHMARKS.values()}
 
     def load_dataset(name, split):
         question, answer = columns[name]

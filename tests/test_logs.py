@@ -64,17 +64,31 @@ def test_shares_of_a_batch_by_hand():
         "mc_solve_all": 1.0,
         "mc_solve_none": 0.0,
         "mc_valid": 0.0,
-        "rescued": 0.5,  # of the first two
+        "rescued_all_right": 0.0,  # the second
+        "rescued_all_wrong": 1.0,  # the first
         "valid_problems": 2,
         "valid_sequences": 5,
-        "sequences": 9,
-        "valid_tokens": 15 / 27,
+        "sequences": 5,  # the second problem was dropped
+        "valid_tokens": 1.0,
         "problem_fci": [0.5, 0.25, None],
         "problem_initial_reward": [0.0, 1.0, 0.5],
         "problem_valid": [True, False, True],
     }
     assert batch_metrics([]) == {}
     assert batch_metrics(batch()[2:])["mc_valid"] is None  # nothing was branched
+    assert batch_metrics(batch()[1:2])["valid_tokens"] is None  # nothing was trained on
+
+
+def test_problems_kept_without_advantage_count_as_tokens():
+    """GRPO and TreeRL: Fig. 7b's share is below 1. A problem that was filtered was not branched, so it does
+    not count as one that branching failed to rescue."""
+    due = batch()
+    for r in due[1].rollouts:
+        r.advantages = [0.0] * 3
+    metrics = batch_metrics(due)
+    assert (metrics["sequences"], metrics["valid_sequences"]) == (9, 5) and metrics["valid_tokens"] == 15 / 27
+    due[1].branches = []
+    assert batch_metrics(due)["rescued_all_right"] is None
 
 
 def test_tokens_of_a_prefix_were_generated_before():

@@ -18,6 +18,7 @@ EASY, MIXED, HARD = [1.0] * 6, [1.0, 0.0, 1.0, 1.0, 0.0, 1.0], [0.0] * 6
         # means: none, 0.50, 0.30, 0.33.., 0.385, 0.488.., 0.4066..
         ("all", [True, False, True, True, True, False, False], 7),
         ("none", [True] * 7, 0),
+        ("drop_easy", [False, True, False, False, True, True, False], 0),
     ],
 )
 def test_filter_by_hand(fci_filter, kept, n_compared):
@@ -27,7 +28,7 @@ def test_filter_by_hand(fci_filter, kept, n_compared):
     problems = [(0.5, EASY), (0.1, MIXED), (0.4, EASY), (0.54, EASY), (0.9, HARD), (0.0, MIXED), (0.4, EASY)]
     assert [sampler.keep(fci, rewards, fci_filter) for fci, rewards in problems] == kept
     assert sampler.fci_count == n_compared
-    assert sampler.fci_total == pytest.approx({"easy": 1.84, "all": 2.84, "none": 0}[fci_filter])
+    assert sampler.fci_total == pytest.approx({"easy": 1.84, "all": 2.84}.get(fci_filter, 0))
 
 
 def test_filter_needs_more_than_the_mean():
@@ -58,9 +59,8 @@ def test_choose_responses_rarer_outcome_first():
             chosen = choose_responses(list(rewards), count, rng)
             assert len(chosen) == count and chosen == sorted(set(chosen)) and set(chosen) <= set(range(6))
             n_correct = sum(rewards)
-            if n_correct != 3:
-                rarer = float(n_correct < 3)
-                assert sum(rewards[i] == rarer for i in chosen) == min(count, min(n_correct, 6 - n_correct))
+            rarer = float(n_correct < 3)  # of three and three, the wrong ones
+            assert sum(rewards[i] == rarer for i in chosen) == min(count, min(n_correct, 6 - n_correct))
 
 
 def test_choose_responses_is_random_within_an_outcome():

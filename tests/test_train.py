@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 from whole_runs import FLAGS, command, forbid_loading, metrics, refuse_to_load, run
 
 import train as train_module
@@ -24,11 +24,8 @@ from train import ALGORITHMS, PRESETS, parse_config
 def test_defaults_are_the_papers():
     run, method = parse_config(["--model", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"])
     assert (run.lr, run.steps, method.batch_size, method.group_size) == (1e-6, 500, 64, 6)
-    assert (method.minibatch_prompts, method.max_prompt_tokens, method.max_response_tokens) == (
-        32,
-        1024,
-        8192,
-    )
+    assert (method.minibatch_sequences, run.weight_decay) == (192, 0.01)
+    assert (method.max_prompt_tokens, method.max_response_tokens) == (1024, 8192)
     assert (method.clip_low, method.clip_high, method.kl_coef) == (0.2, 0.28, 0.001)
     assert (method.n_branch_points, method.n_continuations, method.branch_quantile) == (2, 2, 0.2)
     assert (method.fci_delta, method.batch_decay, method.target_sequences) == (4, 0.9, 64 * 6 * 5)
@@ -43,6 +40,17 @@ def test_flags_override_algorithms_override_presets():
     assert paper.lr == 1e-6
 
 
+def test_baselines_are_the_papers():
+    """800 steps and problems without advantage kept; GRPO has as many responses as a tree has leaves."""
+    _, attnrl = parse_config([])
+    leaves = attnrl.group_size * (1 + attnrl.n_branch_points * attnrl.n_continuations)
+    assert attnrl.drop_zero_advantage
+    for algo, group_size in {"grpo": leaves, "treerl": 6}.items():
+        run, method = parse_config(["--algo", algo])
+        assert (run.steps, method.group_size, method.drop_zero_advantage) == (800, group_size, False)
+    assert parse_config(["--algo", "grpo", "--group_size", "6"])[1].group_size == 6
+
+
 # --- bad input: one sentence, before the model is loaded
 
 
@@ -54,8 +62,9 @@ def test_flags_override_algorithms_override_presets():
         (["--train_data", "{tmp}/column.jsonl"], "needs `problem` and `answer`"),
         (["--model", "{tmp}/nothing"], "no such directory"),
         (["--model", "{tmp}"], "tokenizer"),
-        (["--max_prompt_tokens", "20"], "--long_prompts skip"),
-        (["--max_prompt_tokens", "20", "--long_prompts", "skip"], "no prompt"),
+        (["--max_prompt_tokens", "20"], "no prompt of test fits into max_prompt_tokens=20"),
+        (["--test_data", "{tiny}/test.jsonl", "{tmp}/test.jsonl"], "two data sets called 'test'"),
+        (["--test_data", "{tiny}/test.jsonl", "{tmp}/empty.jsonl"], "no problems"),
         (["--max_response_tokens", "600"], "context of 512"),
         (["--branching", "none"], "fci_filter=none"),
         (["--branching", "sideways"], "sideways"),
@@ -81,7 +90,7 @@ def test_bad_input(tmp_path, monkeypatch, flags, message):
     forbid_loading(monkeypatch)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "column.jsonl").write_text('{"question": "a=1, find a.", "answer": "1"}\n')
-    flags = [f.format(tmp=tmp_path) for f in flags]
+    flags = [f.format(tmp=tmp_path, tiny=TINY) for f in flags]
     if "--output_dir" not in flags:
         flags += ["--output_dir", str(tmp_path / "run")]
     with pytest.raises(InputError, match=message) as caught:
@@ -145,6 +154,34 @@ def test_a_run_writes_what_it_says(tmp_path, algo, capsys):
     assert load_model(str(out / "checkpoint-2")).num_parameters() > 0
     run("--algo", algo, "--output_dir", out, "--steps", 2)
     assert "is complete" in capsys.readouterr().out and metrics(out) == records
+
+
+def test_several_held_out_files_and_prompts_that_are_too_long(tmp_path, capsys):
+    """Each file has its own metrics, and test_accuracy is their mean. Training prompts over the limit are left
+    out, held-out ones count as wrong; both are counted in one line."""
+    rows = [json.loads(line) for line in (TINY / "test.jsonl").read_text().splitlines()[:8]]
+    long = {"problem": " ".join(["a=1,"] * 40) + " find a.", "answer": "1"}
+    for name, chosen in {"train": [*rows, long], "mixed": [*rows, long, long], "short": rows}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    files = [tmp_path / "mixed.jsonl", tmp_path / "short.jsonl"]
+    flags = ["--train_data", tmp_path / "train.jsonl", "--max_prompt_tokens", 120, "--eval_problems", 0]
+    run(*flags, "--test_data", *files, "--output_dir", tmp_path / "run", "--steps", 1)
+    said = capsys.readouterr().out
+    for line in (
+        "1 of 9 prompts of train_data are longer than max_prompt_tokens=120 and are left out",
+        "2 of 10 prompts of mixed are longer than max_prompt_tokens=120 and count as wrong",
+        "8 problems",
+        "of 18 held-out problems solved",
+    ):
+        assert line in said
+    first = metrics(tmp_path / "run")[0]
+    assert first["test_accuracy"] == (first["test_accuracy_mixed"] + first["test_accuracy_short"]) / 2
+    assert first["test_accuracy_mixed"] <= 0.8 and first["test_tokens_short"] > 0
+    assert {k for k in first if k.startswith("test")} == {
+        f"test_{what}{file}"
+        for what in ("accuracy", "tokens", "truncated")
+        for file in ("", "_mixed", "_short")
+    }
 
 
 def save_gemma(directory):
@@ -223,8 +260,8 @@ def test_batches_without_a_usable_sequence_change_nothing_and_the_run_goes_on(
         assert record.get("reward", float(right)) == right
         assert all(x == x and abs(x) < 1e9 for x in record.values() if isinstance(x, float))
     for record in records[-2:]:
-        assert record["valid_sequences"] == record["valid_problems"] == record["valid_tokens"] == 0
-        assert record["sequences"] > 0 and (record["mc_valid"], record["rescued"]) == (0, 0)
+        assert record["valid_sequences"] == record["valid_problems"] == record["sequences"] == 0
+        assert record["mc_valid"] == 0 and record["valid_tokens"] is None
         assert record["next_batch_size"] > 4
     for n in (1, 2):
         saved = torch.load(out / f"checkpoint-{n}/optimizer.pt", weights_only=True)
