@@ -1,7 +1,8 @@
 """Train rows of the paper's tables over several seeds and print one table.
 
     python experiments/compare.py                                              # AttnRL, TreeRL, GRPO; 5 seeds
-    python experiments/compare.py --rows ablations --seeds 1 --out runs/ablations
+    python experiments/compare.py --rows ablations --out runs/ablations
+    python experiments/compare.py --rows settings --first_seed 100 --seeds 3 --out runs/settings
 
 Every run is `python train.py FLAGS --seed S`, with the same budget of generated tokens. Runs that are
 complete are not repeated, so more seeds or rows can be added later. Two runs share the machine, one thread
@@ -21,6 +22,7 @@ ALGORITHMS = {  # Table 1
     "AttnRL": "--algo attnrl",
     "TreeRL": "--algo treerl",
     "GRPO": "--algo grpo",
+    "GRPO with 6 responses": "--algo grpo --group_size 6",
 }
 ABLATIONS = {  # Tables 2 and 3, then single fields
     "TreeRL, one-step off-policy": "--algo treerl --off_policy true",
@@ -36,6 +38,15 @@ ABLATIONS = {  # Tables 2 and 3, then single fields
     "AttnRL, group advantage": "--advantage group",
     "AttnRL, no KL": "--kl_coef 0",
 }
+# What tiny's minibatch and learning rate were chosen by, on rows that nobody argues for
+SHORT = "--token_budget 200000 --eval_every 1000"
+SETTINGS = {
+    f"{name}, {size} sequences, lr {lr}": f"{flags} --minibatch_sequences {size} --lr {lr} {SHORT}"
+    for size in (24, 48, 96)
+    for lr in ("1e-4", "2e-4", "4e-4")
+    for name, flags in {"GRPO": "--algo grpo", "random branching": "--branching random"}.items()
+}
+ROWS = {"algorithms": ALGORITHMS, "ablations": ABLATIONS, "settings": SETTINGS}
 # Student's t, 95%, by number of seeds
 T95 = dict(enumerate([12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26], start=2))
 
@@ -64,16 +75,17 @@ def interval(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", choices=["algorithms", "ablations"], default="algorithms")
+    parser.add_argument("--rows", choices=ROWS, default="algorithms")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     args = parser.parse_args()
 
-    rows = ALGORITHMS if args.rows == "algorithms" else ABLATIONS
+    rows, seeds = ROWS[args.rows], range(args.first_seed, args.first_seed + args.seeds)
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = {
-            name: [pool.submit(run, name, flags, seed, args.out) for seed in range(args.seeds)]
+            name: [pool.submit(run, name, flags, seed, args.out) for seed in seeds]
             for name, flags in rows.items()
         }
         results = {name: [f.result() for f in runs] for name, runs in futures.items()}

@@ -157,10 +157,10 @@ def test_a_run_writes_what_it_says(tmp_path, algo, capsys):
 
 
 def test_several_held_out_files_and_prompts_that_are_too_long(tmp_path, capsys):
-    """Each file has its own metrics, and test_accuracy is their mean. Training prompts over the limit are left
-    out, held-out ones count as wrong; both are counted in one line."""
+    """Each file has its own metrics, and test_accuracy is their mean. Training prompts over the limit are
+    left out, held-out ones count as wrong; both are counted in one line."""
     rows = [json.loads(line) for line in (TINY / "test.jsonl").read_text().splitlines()[:8]]
-    long = {"problem": " ".join(["a=1,"] * 40) + " find a.", "answer": "1"}
+    long = {"problem": " ".join(["a=1,"] * 90) + " find a.", "answer": "1"}
     for name, chosen in {"train": [*rows, long], "mixed": [*rows, long, long], "short": rows}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     files = [tmp_path / "mixed.jsonl", tmp_path / "short.jsonl"]
@@ -177,11 +177,8 @@ def test_several_held_out_files_and_prompts_that_are_too_long(tmp_path, capsys):
     first = metrics(tmp_path / "run")[0]
     assert first["test_accuracy"] == (first["test_accuracy_mixed"] + first["test_accuracy_short"]) / 2
     assert first["test_accuracy_mixed"] <= 0.8 and first["test_tokens_short"] > 0
-    assert {k for k in first if k.startswith("test")} == {
-        f"test_{what}{file}"
-        for what in ("accuracy", "tokens", "truncated")
-        for file in ("", "_mixed", "_short")
-    }
+    for name in ("test_accuracy", "test_tokens", "test_truncated"):
+        assert {name, f"{name}_mixed", f"{name}_short"} <= first.keys()
 
 
 def save_gemma(directory):
