@@ -273,18 +273,19 @@ class AttnRL:
         return self.grader.grade(texts, [problem.answers for problem, _ in fresh])
 
     def score(self, fresh: list[tuple[Problem, Rollout]]) -> list[Score]:
-        """Log-probs under the current policy; of initial responses, which come first, entropies and FCI."""
+        """Log-probs of new tokens; of initial responses, which come first, also entropies and FCI."""
         branches = self.cfg.branching != "none"
         step_ids = lambda p, r: step_ids_of(len(p.prompt_ids), r.steps) if branches else None
         initial = [Sequence(p.prompt_ids, r.ids, step_ids(p, r)) for p, r in fresh if r.start == 0]
-        continuations = [Sequence(p.prompt_ids, r.ids) for p, r in fresh if r.start > 0]
+        own = lambda p, r: Sequence(p.prompt_ids + r.ids[: r.start], r.ids[r.start :])
+        continuations = [own(p, r) for p, r in fresh if r.start > 0]
         return self.learner.score(initial, with_entropy=True) + self.learner.score(continuations)
 
     def record(self, fresh: list[tuple[Problem, Rollout]], rewards: list[bool], scores: list[Score]) -> None:
         """Write results into the rollouts, and add those to their problems. Raises EngineMismatch."""
         for (problem, rollout), reward, score in zip(fresh, rewards, scores, strict=True):
             rollout.reward = float(reward)
-            rollout.logps += score.logps[rollout.start :].tolist()  # prefix: of the policy that sampled it
+            rollout.logps += score.logps.tolist()  # those of a prefix stay: of the policy that sampled it
             if score.entropies is not None:
                 rollout.entropies = score.entropies.tolist()
             if score.fci is not None:

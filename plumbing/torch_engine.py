@@ -1,20 +1,47 @@
-"""An engine in plain PyTorch: transformers' `generate`, with log-probs and a budget for each request."""
+"""An engine in plain PyTorch: a decoding loop over the model and its cache, on any device.
+
+Each distinct prompt of a batch is read once, and rows that have ended leave the batch.
+"""
 
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    StoppingCriteria,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, TopPLogitsWarper
+from transformers.cache_utils import DynamicLayer
 
 from plumbing.models import positions, stop_ids
 from plumbing.nouns import Request, Response
 from plumbing.processes import full_weights
+
+ROOM = 64
+KEEP = 7 / 8  # when fewer of a batch's rows than this still grow, the others leave it
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, in buffers with room for ROOM more tokens.
+
+    transformers' own layer copies all that it holds for each token that it takes in.
+    """
+
+    buffers = None  # of keys and of values, (B, heads, tokens and room, head dim)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self.buffers is None or end > self.buffers[0].shape[-2]:
+            super().update(key_states, value_states)
+            self.buffers = [F.pad(x, (0, 0, 0, ROOM)) for x in (self.keys, self.values)]
+        for buffer, states in zip(self.buffers, (key_states, value_states)):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.buffers = None
 
 
 def check_requests(requests: list[Request], context: float) -> None:
@@ -28,27 +55,17 @@ def check_requests(requests: list[Request], context: float) -> None:
             raise ValueError(f"{sizes} cannot be served: {limits}")
 
 
-class _Recorder(LogitsProcessor):
-    """Log-probs of sampled tokens: keeps the last distribution until the token drawn from it is known."""
+def draw(logits: torch.Tensor, temperature: float, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token of each row of logits (B, V), and its log-probability under what it was drawn from: (B,) each.
 
-    def __init__(self):
-        self.distribution, self.logps = None, []
-
-    def __call__(self, input_ids, scores):
-        if self.distribution is not None:
-            self.logps.append(self.distribution.gather(1, input_ids[:, -1:]))
-        self.distribution = scores.log_softmax(-1)
-        return scores
-
-
-class _Budgets(StoppingCriteria):
-    """Stops each row at its own number of new tokens."""
-
-    def __init__(self, prompt_length: int, budgets: torch.Tensor):
-        self.prompt_length, self.budgets = prompt_length, budgets
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return input_ids.shape[1] - self.prompt_length >= self.budgets
+    Temperature first, then top-p. temperature 0: the likeliest token, and its log-probability at 1.
+    """
+    logits = logits.float() / (temperature or 1)
+    if top_p < 1:
+        logits = TopPLogitsWarper(top_p)(None, logits)
+    logps = logits.log_softmax(-1)
+    tokens = torch.multinomial(logps.exp(), 1) if temperature else logps.argmax(-1, keepdim=True)
+    return tokens[:, 0], logps.gather(1, tokens)[:, 0]
 
 
 class TorchEngine:
@@ -61,7 +78,6 @@ class TorchEngine:
     def __init__(self, model, tokenizer, batch_tokens: int = 32768, autocast: Callable = nullcontext):
         self.model, self.batch_tokens, self.autocast = model, batch_tokens, autocast
         self.eos_ids = stop_ids(tokenizer, model.generation_config)
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
 
     @torch.no_grad()
     def generate(self, requests: list[Request], temperature=1.0, top_p=1.0) -> list[Response]:
@@ -85,39 +101,49 @@ class TorchEngine:
 
     def _generate_batch(self, requests, temperature, top_p) -> list[Response]:
         device = self.model.device
-        longest = max(len(r.prompt_ids) for r in requests)
-        ids = torch.full((len(requests), longest), self.pad_id)
-        mask = torch.zeros_like(ids)
-        for row, r in enumerate(requests):  # left-padded, so that every row ends where generation starts
-            ids[row, longest - len(r.prompt_ids) :] = torch.tensor(r.prompt_ids)
-            mask[row, longest - len(r.prompt_ids) :] = 1
+        stops = torch.tensor(self.eos_ids, dtype=torch.long, device=device)
         budgets = torch.tensor([r.max_new_tokens for r in requests], device=device)
-        recorder, processors = _Recorder(), []
-        if temperature not in (0, 1):
-            processors.append(TemperatureLogitsWarper(temperature))
-        if top_p < 1:
-            processors.append(TopPLogitsWarper(top_p))
-        # The model's own settings (repetition penalty, top-k, ...) would silently change what is sampled.
-        special = dict(eos_token_id=self.eos_ids, pad_token_id=self.pad_id)
-        settings = GenerationConfig(do_sample=temperature > 0, max_new_tokens=int(budgets.max()), **special)
-        if temperature > 0:
-            settings.update(temperature=1.0, top_p=1.0, top_k=0)
-        own, self.model.generation_config = self.model.generation_config, settings
-        output = self.model.generate(
-            ids.to(device),
-            attention_mask=mask.to(device),
-            stopping_criteria=[_Budgets(longest, budgets)],
-            logits_processor=[*processors, recorder],
-        )
-        self.model.generation_config = own
-        recorder(output, recorder.distribution)  # the last token drawn
-        sampled, logps = output[:, longest:].tolist(), torch.cat(recorder.logps, dim=1).tolist()
-        return [self._trim(i, x, r.max_new_tokens) for i, x, r in zip(sampled, logps, requests)]
+        prompts = list(dict.fromkeys(tuple(r.prompt_ids) for r in requests))  # each one once
+        left = dict(batch_first=True, padding_side="left")  # so that every row ends where generation starts
+        ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], **left).to(device)
+        mask = pad_sequence([torch.ones(len(p), dtype=torch.long) for p in prompts], **left).to(device)
+        cache = DynamicCache(config=self.model.config)
+        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        logits = self._read(ids, mask, cache)  # (prompts, V)
 
-    def _trim(self, ids: list[int], logps: list[float], budget: int) -> Response:
-        stop = next((i + 1 for i, token in enumerate(ids[:budget]) if token in self.eos_ids), None)
-        end = stop or budget
-        return Response(ids[:end], logps[:end], "stop" if stop else "length")
+        row_of_prompt = {prompt: i for i, prompt in enumerate(prompts)}
+        kept = torch.tensor([row_of_prompt[tuple(r.prompt_ids)] for r in requests], device=device)
+        row_of = torch.arange(len(requests), device=device)  # whose response each row of the batch is
+        going = torch.ones_like(row_of, dtype=torch.bool)
+        drawn = torch.zeros(len(requests), int(budgets.max()), dtype=torch.long, device=device)
+        logps = torch.zeros_like(drawn, dtype=torch.float)
+        cache.batch_select_indices(kept)
+        logits, mask = logits[kept], mask[kept]
+        for t in range(drawn.shape[1]):
+            tokens, logps_of_tokens = draw(logits, temperature, top_p)
+            drawn[row_of, t], logps[row_of, t] = tokens, logps_of_tokens
+            going &= ~torch.isin(tokens, stops) & (t + 1 < budgets[row_of])
+            n_going = int(going.sum())
+            if n_going == 0:
+                break
+            if n_going < KEEP * len(going):  # rows that have ended leave the batch
+                kept = going.nonzero()[:, 0]
+                cache.batch_select_indices(kept)
+                tokens, mask, row_of, going = tokens[kept], mask[kept], row_of[kept], going[kept]
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            logits = self._read(tokens[:, None], mask, cache)
+        responses = []
+        for ids, own_logps, r in zip(drawn.tolist(), logps.tolist(), requests):
+            stop = next((i for i, x in enumerate(ids[: r.max_new_tokens], 1) if x in self.eos_ids), None)
+            end = stop or r.max_new_tokens
+            responses.append(Response(ids[:end], own_logps[:end], "stop" if stop else "length"))
+        return responses
+
+    def _read(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Read ids (B, n), the last n columns of the mask; logits (B, V) of the token after them."""
+        places = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        how = dict(attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1)
+        return self.model(ids, past_key_values=cache, **how).logits[:, -1]
 
     def load(self, model) -> None:
         """Copy the model's weights, unless the engine samples from that very model."""

@@ -3,11 +3,13 @@
 import contextlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY, check_budgets
 from helpers import one_sentence
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig, Phi3Config, Qwen2Config
 
 from plumbing.models import load_model, load_tokenizer, prompt_ids
 from plumbing.nouns import Request
@@ -63,6 +65,58 @@ def test_greedy_equals_argmax_loop(engine, model, prompts):
         assert response.finish_reason == "stop" and response.ids[-1] == engine.eos_ids[0]
         expected = fresh_logps(model, prompt, response.ids)
         torch.testing.assert_close(torch.tensor(response.logps), expected, atol=1e-4, rtol=0)
+
+
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=60, bos_token_id=1)
+SMALL |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, eos_token_id=None, pad_token_id=0)
+HYBRID = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen2Config(**SMALL),  # its projections have biases
+        Qwen2Config(**SMALL, use_sliding_window=True, **HYBRID),
+        MistralConfig(**SMALL, sliding_window=5),
+        Gemma3TextConfig(**SMALL, **HYBRID, query_pre_attn_scalar=8),
+        Phi3Config(**SMALL),
+    ],
+    ids=lambda config: f"{config.model_type}, window {config.sliding_window}",
+)
+@torch.no_grad()
+def test_any_decoder_generates_as_transformers_does(config, tmp_path):
+    """Greedy, for prompts of several lengths, one of them twice, budgets that end at several times, and
+    responses longer than a sliding window and than the room in the cache. Log-probs by a fresh pass."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    for parameter in model.parameters():
+        parameter.mul_(3)  # so that the tokens are not all alike
+    prompts = [[2, 3, 4], [5] * 9, list(range(10, 27)), [2, 3, 4], [7, 8]]
+    budgets = [100, 3, 90, 41, 17]
+    engine = TorchEngine(model, SimpleNamespace(eos_token_id=None))
+    responses = engine.generate([*map(Request, prompts, budgets)], temperature=0)
+    for prompt, budget, response in zip(prompts, budgets, responses):
+        how = dict(max_new_tokens=budget, do_sample=False)
+        expected = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **how)
+        assert response.ids == expected[0, len(prompt) :].tolist()
+        assert len(response.ids) == budget and response.finish_reason == "length"
+        fresh = fresh_logps(model, prompt, response.ids)
+        torch.testing.assert_close(torch.tensor(response.logps), fresh, atol=1e-4, rtol=0)
+    assert len({token for response in responses for token in response.ids}) > 5
+
+
+def test_a_prompt_is_read_once_and_ended_rows_leave_the_batch(engine, model, prompts):
+    """Six copies of two prompts are two rows at first; rows of the forward passes then never grow."""
+    shapes = []
+    hook = model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    torch.manual_seed(0)
+    responses = engine.generate([Request(p, 120) for p in prompts[:2] for _ in range(6)])
+    hook.remove()
+    assert shapes[0] == (2, max(map(len, prompts[:2]))) and shapes[1] == (12, 1)
+    rows = [n for n, _ in shapes[1:]]
+    assert rows == sorted(rows, reverse=True) and rows[-1] < 12
+    assert sum(rows) < 12 * max(len(r.ids) for r in responses) * 0.95
 
 
 def test_batches_change_no_greedy_output(model, tokenizer, prompts, monkeypatch):
