@@ -196,7 +196,7 @@ def run(args: argparse.Namespace) -> None:
     logging.disable_progress_bar()  # of loading the weights
     tokenizer, context = load_tokenizer(args.model), context_length(args.model)
     out = Path(args.output_dir or f"runs/eval-{Path(args.model).name}")
-    settings = describe(args, benchmarks, resolve_engine(args.engine)[0])
+    settings = describe(args, benchmarks, resolve_engine(args.engine))
     open_directory(out, "settings.json", settings, "evaluation")
     prompts = [prompt_ids(tokenizer, p["problem"]) for problems, _ in benchmarks.values() for p in problems]
     longest = min(context, max(map(len, prompts)) + args.max_new_tokens)

@@ -11,9 +11,8 @@ Defaults are the paper's. A preset and an algorithm override some of them; flags
     curves.png       the run at a glance       rollouts.jsonl   trees with text, FCI and advantages
     checkpoint-N/    weights in Hugging Face format, with all that is needed to go on
 
-The same command again resumes from the last complete checkpoint (docs/recovery.md): with the plain engine on
-a CPU to the same weights as a run that was never stopped. After SIGTERM a run saves a checkpoint at the end
-of the current training step and stops.
+The same command again resumes from the last complete checkpoint (docs/recovery.md), with the plain engine on
+a CPU to the same weights as a run that was never stopped. SIGTERM saves a checkpoint after the current step.
 """
 
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from eval import evaluate, grade
 from plumbing import checkpoints, logs
 from plumbing.agreement import verify_sync
 from plumbing.command import run_command
-from plumbing.compare import average
+from plumbing.compare import average, percent
 from plumbing.engines import SharedEngine, check_engine, make_engine
 from plumbing.grader import Grader
 from plumbing.learner import NonFiniteUpdates, make_learner
@@ -86,7 +85,8 @@ PRESETS = {
     "tiny": dict(max_prompt_tokens=128, max_response_tokens=128, batch_size=12, min_batch_size=6)
     | dict(max_batch_size=36, target_sequences=180, minibatch_sequences=48, lr=4e-4, token_budget=400_000)
     | dict(train_data=str(HERE / "tiny/train.jsonl"), test_data=[str(HERE / "tiny/test.jsonl")])
-    | dict(eval_every=10, save_every=20, gradient_checkpointing=False),
+    | dict(eval_every=10, save_every=20, gradient_checkpointing=False)
+    | dict(engine="torch", threads=1, microbatch_tokens=4096, eval_problems=400),
 }
 
 
@@ -136,8 +136,8 @@ def held_out(run: RunConfig, method: MethodConfig, engine, tokenizer, problems: 
         results = {name: evaluate(engine, tokenizer, rows, **how) for name, rows in problems.items()}
     measured = {"": average(list(results.values()))}
     measured |= {f"_{name}": r for name, r in results.items() if len(results) > 1}
-    named = {"test_accuracy": "pass@1", "test_tokens": "mean_tokens", "test_truncated": "truncated"}
-    return {new + name: r[old] for name, r in measured.items() for new, old in named.items()}
+    names = {"accuracy": "pass@1", "stderr": "stderr", "tokens": "mean_tokens", "truncated": "truncated"}
+    return {f"test_{new}{file}": r[old] for file, r in measured.items() for new, old in names.items()}
 
 
 # --- The run ----------------------------------------------------------------------------------------------
@@ -177,8 +177,7 @@ def get_ready(run: RunConfig, method: MethodConfig) -> Ready | None:
         print(f"resuming from {checkpoint}")
         checkpoints.restore(trainer.learner, checkpoint, state)
         trainer.load_state(state["method"])
-    few = [p["prompt_ids"] for p in train_problems[:8]]
-    n_tokens = min(16, method.max_response_tokens)
+    few, n_tokens = [p["prompt_ids"] for p in train_problems[:8]], min(16, method.max_response_tokens)
     # The engine starts from `run.model`: this is also the push of the weights of a checkpoint.
     verify_sync(trainer.engine.own, trainer.learner, few, method.max_engine_gap, n_tokens)
     log = logs.Log(out, state.get("log_lines", {}))
@@ -198,6 +197,7 @@ def train(run: RunConfig, method: MethodConfig, stop=lambda: False) -> None:
     if ready is None:
         return
     out, trainer, progress, log = Path(run.output_dir), ready.trainer, ready.progress, ready.log
+    solved = lambda tested: percent(tested["test_accuracy"], tested["test_stderr"]) + " %"
     test = lambda: held_out(run, method, trainer.engine, ready.tokenizer, ready.test_problems)
     sampling_ended = lambda: progress.enough(run, pending=bool(trainer.pending))
     finished = lambda: sampling_ended() and not trainer.pending
@@ -205,7 +205,7 @@ def train(run: RunConfig, method: MethodConfig, stop=lambda: False) -> None:
         tested = test()
         progress.first_accuracy = tested["test_accuracy"]
         n = sum(map(len, ready.test_problems.values()))
-        print(f"before training: {tested['test_accuracy']:.1%} of {n} held-out problems solved")
+        print(f"before training: {solved(tested)} of {n} held-out problems solved")
         log.add("metrics.jsonl", {"step": 0, **tested, "total_tokens": 0})
     bar, stopping = ProgressBar(run, progress), any_process(stop())
     while not finished() and not stopping:
@@ -230,7 +230,7 @@ def train(run: RunConfig, method: MethodConfig, stop=lambda: False) -> None:
         if due and (progress.step % run.eval_every == 0 or finished()):
             record |= test()
             progress.test_accuracy = record["test_accuracy"]
-            bar.write(f"step {progress.step:4d}: {record['test_accuracy']:.1%}")
+            bar.write(f"step {progress.step:4d}: {solved(record)}")
         log.add("metrics.jsonl", record)
         if due:
             log.add("rollouts.jsonl", logs.describe_tree(due, progress.step))

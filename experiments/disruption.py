@@ -2,22 +2,21 @@
 
     python experiments/disruption.py                      # the embedded reasoner
     python experiments/disruption.py --distance 4         # hidden only from steps that FCI counts
-    python experiments/disruption.py --model DIR --data math500.jsonl --max_new_tokens 8192 --problems 200
+    python experiments/disruption.py --model DIR --data math500.jsonl --max_new_tokens 8192 --draws 1
 
 Takes responses that are right, cuts each where `--distance` steps from the hidden one on are complete, and
-samples the rest again, twice: as it is (the control), and with the attention of every further token to the
-hidden step set to zero. Tokens keep their positions. With distance 1 the very next step must do without it,
-with distance 4 = Delta only the steps whose attention FCI sums.
+samples the rest again, 8 times (the paper's number) as it is (the control), and 8 times with the attention of
+every further token to the hidden step set to zero. Tokens keep their positions. With distance 1 the very next
+step must do without it, with distance 4 = Delta only the steps whose attention FCI sums.
 
 The step is drawn at random from a class of the response's scored steps: the top 20 % by FCI, the other 80 %,
-or the top 20 % by mean token entropy. "Loss" is the accuracy of the control minus that of the disrupted
-continuation, with a 95 % interval over problems, in all and by the step's place in the response (five bins),
-since early steps have both a high FCI and much that depends on them.
+or the top 20 % by mean token entropy. "Ratio" is the accuracy of the disrupted continuations over that of the
+control, "loss" the control's minus theirs, with 95 % intervals over problems. The loss is also given by the
+step's place in the response (five bins): early steps have a high FCI, and much depends on them.
 """
 
 import argparse
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,32 +58,22 @@ class Cut:
 
 
 @torch.no_grad()
-def continue_without(
-    model, engine: TorchEngine, prefixes, spans, max_new_tokens: int, temperature: float
-) -> list[list[int]]:
-    """Sample on from token ids while the tokens of `spans` are hidden from all that follows.
+def continue_without(model, engine, prefixes, spans, max_new_tokens, temperature) -> list[list[int]]:
+    """Sample on from lists of token ids while the tokens of `spans` are hidden from all that follows.
 
     spans: (start, end) in each prefix, or None.
     """
     longest = max(map(len, prefixes))
-    ids = torch.full((len(prefixes), longest), engine.pad_id)
-    real = torch.zeros(len(prefixes), longest, dtype=torch.long)
-    for row, prefix in enumerate(prefixes):  # left-padded
-        ids[row, longest - len(prefix) :] = torch.tensor(prefix)
-        real[row, longest - len(prefix) :] = 1
-    visible = real.clone()
+    ids = torch.full((len(prefixes), longest), engine.eos_ids[0])
+    real, visible = torch.zeros_like(ids), torch.zeros_like(ids)
     for row, (prefix, span) in enumerate(zip(prefixes, spans)):
+        padding = longest - len(prefix)  # on the left
+        ids[row, padding:] = torch.tensor(prefix)
+        real[row, padding:] = visible[row, padding:] = 1
         if span:
-            padding = longest - len(prefix)
             visible[row, padding + span[0] : padding + span[1]] = 0
-    settings = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=engine.eos_ids,
-        pad_token_id=engine.pad_id,
-    )
+    special = dict(eos_token_id=engine.eos_ids, pad_token_id=engine.eos_ids[0])
+    sampling = dict(do_sample=True, temperature=temperature, top_k=0, max_new_tokens=max_new_tokens)
     ids, real, visible = (x.to(model.device) for x in (ids, real, visible))
     positions = (real.cumsum(1) - 1).clamp(min=0)
     # The prefix is read with everything in sight. Not so what is sampled, and the last token of the prefix,
@@ -96,7 +85,7 @@ def continue_without(
         attention_mask=visible,
         position_ids=positions,
         past_key_values=read.past_key_values,
-        generation_config=settings,
+        generation_config=GenerationConfig(**sampling, **special),
     )
     return output[:, longest:].tolist()
 
@@ -115,24 +104,28 @@ def classes_of(
     return dict(zip(CLASSES, (scored[top], np.delete(scored, top), scored[uncertain])))
 
 
-def mean_with_interval(problems: list[int], values: list[float]) -> tuple[float, float]:
-    """Mean over problems of their draws' means, and its 95 % half-width, NaN for one problem.
-
-    Draws of a problem are not independent.
-    """
-    per_problem = defaultdict(list)
-    for problem, value in zip(problems, values):
-        per_problem[problem].append(value)
-    means = np.array([np.mean(x) for x in per_problem.values()])
+def mean_with_interval(problems: np.ndarray, values: np.ndarray) -> tuple[float, float]:
+    """Mean over problems, whose draws are not independent, and its 95 % half-width, NaN for one problem."""
+    means = np.array([values[problems == problem].mean() for problem in np.unique(problems)])
     return means.mean(), 1.96 * means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else float("nan")
 
 
 def loss(rows: np.ndarray) -> str:
-    """rows (n, 4): problem, fifth, control, disrupted. What hiding costs, in points."""
+    """rows (n, 4): problem, fifth, accuracy of control and disrupted. What hiding costs, in points."""
     if not len(rows):
         return "–"
     mean, half = mean_with_interval(rows[:, 0], rows[:, 2] - rows[:, 3])
     return f"{100 * mean:.1f} ± {100 * half:.1f}"
+
+
+def ratio(rows: np.ndarray) -> str:
+    """rows as in `loss`. Disrupted over control, both means over problems; interval by the delta method."""
+    if not rows[:, 2].any():
+        return "–"
+    control, disrupted = (mean_with_interval(rows[:, 0], rows[:, column])[0] for column in (2, 3))
+    quotient = disrupted / control
+    _, half = mean_with_interval(rows[:, 0], (rows[:, 3] - quotient * rows[:, 2]) / control)
+    return f"{quotient:.2f} ± {half:.2f}"
 
 
 def draw(results: dict[str, np.ndarray], out: Path) -> None:
@@ -143,14 +136,13 @@ def draw(results: dict[str, np.ndarray], out: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for i, (name, rows) in enumerate(results.items()):
-        for fifth in range(BINS):
+        for fifth in np.unique(rows[:, 1]):
             inside = rows[rows[:, 1] == fifth]
-            if not len(inside):
-                continue
             mean, half = mean_with_interval(inside[:, 0], inside[:, 3])
             label = name if fifth == rows[:, 1].min() else None  # once per class
             place = fifth + 1 + 0.27 * (i - 1)
-            axis.bar(place, mean, 0.25, yerr=half, color=f"C{i}", label=label)
+            outline = dict(edgecolor=f"C{i}", linewidth=2)  # shows a bar of height 0
+            axis.bar(place, mean, 0.22, yerr=half, color=f"C{i}", label=label, **outline)
     axis.set(xlabel="place of the hidden step in the response, fifths", xlim=(0.5, BINS + 0.5))
     axis.set(ylabel="accuracy with the step hidden", ylim=(0, 1.02))
     figure.legend(frameon=False, loc="outside upper center", ncols=3)
@@ -202,6 +194,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", default=str(ROOT / "tiny/test.jsonl"))
     parser.add_argument("--problems", type=int, default=1000)
     parser.add_argument("--draws", type=int, default=2, help="steps drawn per response and class")
+    parser.add_argument("--samples", type=int, default=8, help="continuations of each kind per drawn step")
     kept = "the steps from the hidden one on that are kept; the rest must do without it"
     parser.add_argument("--distance", type=int, default=1, help=kept)
     parser.add_argument("--max_new_tokens", type=int, default=128)
@@ -210,7 +203,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_tokens", type=int, default=32768, help=knob)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="also draw the figure into this .png")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if min(args.problems, args.draws, args.samples, args.distance) < 1:
+        parser.error("--problems, --draws, --samples and --distance must be at least 1")
+    return args
 
 
 def main() -> None:
@@ -226,37 +222,38 @@ def main() -> None:
     cfg = MethodConfig(max_response_tokens=args.max_new_tokens, temperature=args.temperature)
     learner = Learner(model, None, None, MachineConfig(autocast="none"), temperature=cfg.temperature)
 
-    # ---- choose steps, then sample every continuation twice
+    # ---- choose steps, then sample on from each cut, with the step and without
     right = right_responses(engine, learner, tokenizer, problems, cfg)
     cuts = choose_cuts(right, problems, cfg.branch_quantile, args.draws, args.distance, rng)
     if not cuts:
         remedy = "take more --problems, more --max_new_tokens or a smaller --distance"
         sys.exit(f"error: no right response with enough steps: {remedy}")
-    accuracy = np.zeros((len(cuts), 2))  # control, disrupted
-    lengths = [len(cut.prompt_ids + cut.prefix) + args.max_new_tokens for cut in cuts]
+    jobs = [cut for cut in cuts for _ in range(args.samples)]
+    rewards = np.zeros((len(jobs), 2))  # control, disrupted
+    lengths = [len(cut.prompt_ids + cut.prefix) + args.max_new_tokens for cut in jobs]
     for rows in tqdm(pack(lengths, args.batch_tokens), desc="continuations", delay=2):
-        batch = [cuts[row] for row in rows]
+        batch = [jobs[row] for row in rows]
         prefixes = [cut.prompt_ids + cut.prefix for cut in batch]
         for column, spans in enumerate(([None for _ in batch], [cut.span for cut in batch])):
             sampled = continue_without(model, engine, prefixes, spans, args.max_new_tokens, args.temperature)
             for row, cut, ids in zip(rows, batch, sampled):
                 text = tokenizer.decode(cut.prefix + ids)
-                accuracy[row, column] = grade(text, problems[cut.problem]["answers"])
+                rewards[row, column] = grade(text, problems[cut.problem]["answers"])
+    accuracy = rewards.reshape(len(cuts), args.samples, 2).mean(1)
 
     # ---- table
-    results = {}
-    for name in CLASSES:
-        rows = [(cut.problem, cut.fifth, *pair) for cut, pair in zip(cuts, accuracy) if cut.kind == name]
-        results[name] = np.array(rows).reshape(-1, 4)
+    measured = np.array([(cut.problem, cut.fifth, *pair) for cut, pair in zip(cuts, accuracy)])
+    kinds = np.array([cut.kind for cut in cuts])
+    results = {name: measured[kinds == name] for name in CLASSES}
     found = f"{len(right)} of {len(problems)} responses are right"
-    print(f"{args.model}: {found}; hidden from distance {args.distance} on")
+    print(f"{args.model}: {found}; hidden from distance {args.distance} on; --samples {args.samples}")
     fifths = " | ".join(f"fifth {b + 1}" for b in range(BINS))
-    print(f"| hidden step | n | control | disrupted | loss, all | {fifths} |")
-    print("| --- " * (5 + BINS) + "|")
+    print(f"| hidden step | n | control | disrupted | ratio | loss, all | {fifths} |")
+    print("| --- " * (6 + BINS) + "|")
     for name, rows in results.items():
         control, disrupted = 100 * rows[:, 2:].mean(0)
-        losses = [loss(rows), *(loss(rows[rows[:, 1] == b]) for b in range(BINS))]
-        print(f"| {name} | {len(rows)} | {control:.1f} | {disrupted:.1f} | {' | '.join(losses)} |")
+        costs = [ratio(rows), loss(rows), *(loss(rows[rows[:, 1] == b]) for b in range(BINS))]
+        print(f"| {name} | {len(rows)} | {control:.1f} | {disrupted:.1f} | {' | '.join(costs)} |")
     if args.out:
         draw(results, args.out)
         print(f"wrote {args.out}")

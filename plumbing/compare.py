@@ -18,12 +18,17 @@ def average(results: list[dict]) -> dict:
     return mean | {"samples": "", "stderr": stderr}
 
 
+def percent(value: float, stderr: float | None) -> str:
+    """Share and standard error in %, without the error where there is none."""
+    return f"{100 * value:.1f}" + (f" ± {100 * stderr:.1f}" if stderr is not None else "")
+
+
 HEADER = "benchmark          problems   K       Pass@1  Pass@K  tokens  truncated  timeouts  too long"
 
 
 def table_row(name: str, r: dict) -> str:
     """A line under HEADER of what `eval.scores` returns."""
-    pass_1 = f"{100 * r['pass@1']:.1f}" + (f" ± {100 * r['stderr']:.1f}" if r["stderr"] is not None else "")
+    pass_1 = percent(r["pass@1"], r["stderr"])
     quality = f"{name:<18}{r['n_problems']:>9}{r['samples']:>4}{pass_1:>13}{100 * r['pass@k']:>8.1f}"
     failures = f"{r['truncated']:>11.1%}{r['timeouts']:>10}{r['long_prompts']:>10}"
     return f"{quality}{r['mean_tokens']:>8.0f}{failures}"

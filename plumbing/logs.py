@@ -99,33 +99,36 @@ def sampling_metrics(new: list) -> dict:
 
 
 def batch_metrics(due: list) -> dict:
-    """What Figures 4, 6 and 7 plot, of the batch trained on; shares in [0, 1], None if of nothing."""
+    """What Figures 4, 6 and 7 plot, of the batch trained on; ratios with nothing below are None."""
     if not due:
         return {}
-    trained = [r for p in due for r in p.rollouts if r.advantages]  # dropped problems have none
-    n_valid, n_tokens = n_valid_tokens(due), sum(len(r.ids) for r in trained)
+    trained = [p for p in due if p.rollouts[0].advantages]  # dropped problems have none
+    leaves = [r for p in trained for r in p.rollouts]
+    n_tokens, n_distinct = sum(len(r.ids) for r in leaves), sum(len(r.ids) - r.start for r in leaves)
+    prompts = sum(len(p.prompt_ids) for p in trained)
+    copies = sum(len(p.prompt_ids) * len(p.rollouts) for p in trained)  # of prompts, one per leaf
     branched = [p for p in due if p.branches]
     mc = [[r.reward for r in p.rollouts if r.start > 0] for p in branched]
     solved = lambda p: float(np.mean([r.reward for r in p.initial()]))
+    ratio = lambda a, b: a / b if b else None
+    share = lambda flags: float(np.mean(flags)) if flags else None
+    rescued = lambda z: share([p.mixed() for p in branched if solved(p) == z])
     return {
         "mc_solve_all": share([min(rewards) == 1 for rewards in mc]),
         "mc_solve_none": share([max(rewards) == 0 for rewards in mc]),
         "mc_valid": share([min(rewards) < max(rewards) for rewards in mc]),
-        # invalid after initial sampling, valid after MC
-        "rescued_all_right": share([p.mixed() for p in branched if solved(p) == 1]),
-        "rescued_all_wrong": share([p.mixed() for p in branched if solved(p) == 0]),
+        "rescued_all_right": rescued(1),
+        "rescued_all_wrong": rescued(0),
         "valid_problems": sum(p.mixed() for p in due),
-        "valid_sequences": sum(any(r.advantages) for r in trained),
-        "sequences": len(trained),
-        "valid_tokens": n_valid / n_tokens if trained else None,
+        "valid_sequences": sum(any(r.advantages) for r in leaves),
+        "sequences": len(leaves),
+        "valid_tokens": ratio(n_valid_tokens(due), n_tokens),
+        "tree_reuse": ratio(n_tokens, n_distinct),
+        "tree_reuse_with_prompts": ratio(n_tokens + copies, n_distinct + prompts),
         "problem_fci": [p.fci for p in due],
         "problem_initial_reward": [solved(p) for p in due],
         "problem_valid": [p.mixed() for p in due],
     }
-
-
-def share(flags: list[bool]) -> float | None:
-    return float(np.mean(flags)) if flags else None
 
 
 def update_metrics(updates: list[dict]) -> dict:

@@ -69,11 +69,6 @@ def weights(s: Shape) -> int:
     return FP32 * s.parameters
 
 
-def gradients(s: Shape) -> int:
-    """fp32, one per parameter; dropped after each optimiser step."""
-    return FP32 * s.parameters
-
-
 def moments(s: Shape) -> int:
     """AdamW's running mean and square of the gradient, fp32."""
     return 2 * FP32 * s.parameters
@@ -177,7 +172,7 @@ def plan(s: Shape, run, method, card: float) -> dict[str, list[int]]:
         "weights": always(weights(s)),
         "AdamW's moments": always(moments(s)),
         "reference": always(reference(s, autocast) if method.kl_coef else 0),
-        "gradients": in_update(gradients(s)),
+        "gradients": in_update(weights(s)),  # fp32, too; dropped after each optimiser step
         "autocast's copies of weights": copies,
         kept_name: in_update(kept),
         "last norm, hidden states": [0, hidden, hidden, 0],

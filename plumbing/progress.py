@@ -38,27 +38,20 @@ class Progress:
         return self.step + pending >= run.steps or 0 < run.token_budget <= self.tokens
 
 
-class ProgressBar:
-    """tqdm in generated tokens where they are limited, else in steps; rank 0 shows it."""
+class ProgressBar(tqdm):
+    """In generated tokens where they are limited, else in steps; rank 0 shows it."""
 
     def __init__(self, run, progress: Progress):
         self.token_budget = run.token_budget
         unit, total = ("token", run.token_budget) if run.token_budget else ("step", run.steps)
         style = dict(unit=unit, unit_scale=unit == "token", dynamic_ncols=True, disable=rank() > 0)
-        self.bar = tqdm(total=total, initial=self._so_far(progress), **style)
+        super().__init__(total=total, initial=self._so_far(progress), **style)
 
     def show(self, progress: Progress, reward: float | None, sampled: int) -> None:
         """After a step: the number of problems sampled, and their mean reward, None without any."""
         if reward is not None:
-            self.bar.set_postfix(step=progress.step, reward=f"{reward:.2f}", problems=sampled, refresh=False)
-        self.bar.update(self._so_far(progress) - self.bar.n)
+            self.set_postfix(step=progress.step, reward=f"{reward:.2f}", problems=sampled, refresh=False)
+        self.update(self._so_far(progress) - self.n)
 
     def _so_far(self, progress: Progress) -> int:
         return min(progress.tokens, self.token_budget) if self.token_budget else progress.step
-
-    def write(self, line: str) -> None:
-        """Print a line above the bar."""
-        self.bar.write(line)
-
-    def close(self) -> None:
-        self.bar.close()

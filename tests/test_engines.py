@@ -9,10 +9,11 @@ import torch
 from conftest import ROOT, TINY
 from helpers import one_sentence
 
-from plumbing.engines import make_engine, resolve_engine
+from plumbing.engines import check_engine, make_engine, resolve_engine
 from plumbing.settings import MachineConfig
 from plumbing.torch_engine import TorchEngine
 from plumbing.vllm_engine import VLLM_VERSION, VLLMEngine
+from train import parse_config
 
 
 class FakeLLM:
@@ -52,57 +53,64 @@ def test_requirements_pin_the_version_that_is_checked():
     assert f"vllm=={VLLM_VERSION}" in pins
 
 
-def test_auto_takes_vllm_only_where_it_can_run(fake_vllm, monkeypatch):
-    assert resolve_engine("auto")[0] == resolve_engine("vllm")[0] == "vllm"
-    assert resolve_engine("torch")[0] == "torch"
+def test_auto_takes_vllm_where_there_is_cuda(fake_vllm, monkeypatch):
+    assert resolve_engine("auto") == resolve_engine("vllm") == "vllm" and resolve_engine("torch") == "torch"
     fake_vllm.__version__ = VLLM_VERSION + "+cpu"
-    assert resolve_engine("auto")[0] == "vllm"
-    reasons = {
-        "version": "0.1.0 is installed",
-        "cuda": "no CUDA device",
-        "missing": "not installed",
-        "import": "does not import",
-    }
-    for breakage, mention in reasons.items():
-        with monkeypatch.context() as patch:
-            if breakage == "version":
-                patch.setattr(fake_vllm, "__version__", "0.1.0")
-            elif breakage == "import":  # such as a build for another torch
-                patch.delattr(fake_vllm, "__version__")
-            elif breakage == "cuda":
-                patch.setattr(torch.cuda, "is_available", lambda: False)
-            else:
-                patch.setattr("importlib.util.find_spec", lambda name: None)
-            chosen, why_not = resolve_engine("auto")
-            assert chosen == "torch" and mention in why_not
-            if breakage == "cuda":  # vLLM has a CPU build: asked for by name, it is taken
-                assert resolve_engine("vllm")[0] == "vllm"
-            else:
-                with pytest.raises(ValueError) as error:
-                    resolve_engine("vllm")
-                one_sentence(error, mention.split()[-1], "requirements-gpu.txt", "--engine torch")
+    assert resolve_engine("auto") == "vllm"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_engine("auto") == "torch"
+    assert resolve_engine("vllm") == "vllm"  # it has a CPU build: asked for by name, it is taken
 
 
-def test_a_vllm_that_does_not_start_is_one_sentence_or_replaced(fake_vllm, model, tokenizer, capsys):
+@pytest.mark.parametrize("name", ["auto", "vllm"])
+@pytest.mark.parametrize(
+    ("breakage", "mention"),
+    [("version", "0.1.0 is installed"), ("import", "does not import"), ("missing", "does not import")],
+)
+def test_a_gpu_without_a_working_vllm_is_an_error_with_a_remedy(
+    fake_vllm, monkeypatch, name, breakage, mention
+):
+    """Falling back to plain PyTorch would make a run of a day one of weeks."""
+    if breakage == "version":
+        fake_vllm.__version__ = "0.1.0"
+    elif breakage == "import":  # such as a build for another torch
+        del fake_vllm.__version__
+    else:
+        monkeypatch.setitem(sys.modules, "vllm", None)  # what import takes for a module that is not there
+    with pytest.raises(ValueError) as error:
+        resolve_engine(name)
+    one_sentence(error, f"engine={name}", mention, "requirements-gpu.txt", "--engine torch")
+    assert resolve_engine("torch") == "torch"
+
+
+def test_the_embedded_reasoner_runs_on_the_plain_engine_everywhere(monkeypatch):
+    """The first run is the same on every machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    run, _ = parse_config([])
+    check_engine(run)
+    assert resolve_engine(run.engine) == "torch"
+    with pytest.raises(ValueError, match="requirements-gpu.txt"):
+        check_engine(parse_config(["--model", "org/some-model"])[0])
+
+
+def test_a_vllm_that_does_not_start_is_one_sentence(fake_vllm, model, tokenizer):
     def no_memory(*args, **settings):
         raise ValueError("Free memory on device (1.0/80.0 GiB)\nis less than desired")
 
     fake_vllm.LLM = no_memory
-    with pytest.raises(ValueError) as error:
-        make_engine(MachineConfig(engine="vllm"), str(TINY), tokenizer, model, max_tokens=256)
-    one_sentence(error, "Free memory on device", "gpu_memory", "--engine torch")
-    made = make_engine(MachineConfig(engine="auto"), str(TINY), tokenizer, model, max_tokens=256)
-    assert isinstance(made, TorchEngine) and made.model is model
-    assert "Free memory on device" in capsys.readouterr().err
+    for name in ("vllm", "auto"):
+        with pytest.raises(ValueError) as error:
+            make_engine(MachineConfig(engine=name), str(TINY), tokenizer, model, max_tokens=256)
+        one_sentence(error, "Free memory on device", "gpu_memory", "--engine torch")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="`auto` is vLLM there")
 @pytest.mark.parametrize("name", ["torch", "auto"])
-def test_plain_pytorch_samples_from_the_given_model_and_says_why(name, model, tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+def test_plain_pytorch_samples_from_the_given_model(name, model, tokenizer, capsys):
     made = make_engine(MachineConfig(engine=name), str(TINY), tokenizer, model, max_tokens=256)
     assert isinstance(made, TorchEngine) and made.model is model
-    why = {"torch": "as asked", "auto": "vLLM is not installed"}[name]
-    assert capsys.readouterr().err == f"engine: plain PyTorch ({why})\n"
+    assert capsys.readouterr().err == "engine: plain PyTorch\n"
 
 
 def test_vllm_is_asked_for_what_the_engine_needs(fake_vllm, tokenizer):

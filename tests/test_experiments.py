@@ -1,5 +1,5 @@
-"""`python experiments/show_fci.py` as a user runs it (Figure 2), and Figures 3 (disruption) and 4
-(fci_density)."""
+"""`python experiments/show_fci.py` as a user runs it (Figure 2), and Figures 3 (disruption), 4 (fci_density)
+and 1b and 6 to 9 (plot_runs)."""
 
 import contextlib
 import importlib
@@ -8,14 +8,16 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from matplotlib.figure import Figure
 
 from attnrl import Rollout
-from experiments import disruption, fci_density, show_fci
+from experiments import disruption, fci_density, plot_runs, show_fci
 from plumbing.learner import Learner
 from plumbing.models import prompt_ids
 from plumbing.settings import MachineConfig
@@ -192,6 +194,21 @@ def test_interval_counts_problems_not_draws():
     rows = np.array([(0, 0, 1, 0), (1, 0, 1, 1)] * 50)
     assert disruption.loss(rows) == "50.0 ± 98.0"
     assert disruption.loss(rows[:1]) == "100.0 ± nan" and disruption.loss(rows[:0]) == "–"
+    assert disruption.ratio(rows) == "0.50 ± 0.98" and disruption.ratio(rows[:1]) == "0.00 ± nan"
+    assert disruption.ratio(rows[:0]) == disruption.ratio(rows * [1, 1, 0, 1]) == "–"
+
+
+def test_interval_of_the_ratio_is_that_of_a_bootstrap():
+    """It knows that both accuracies go together: if one is half the other in each problem, it is 0."""
+    rng = np.random.default_rng(0)
+    control = rng.uniform(0.2, 1, 300)
+    rows = np.stack([np.arange(300), 0 * control, control, control / 2], axis=1)
+    assert disruption.ratio(rows) == "0.50 ± 0.00"
+    rows[:, 3] *= rng.integers(0, 2, 300)
+    means = [rows[rng.integers(300, size=300), 2:].mean(0) for _ in range(4000)]
+    half = 1.96 * np.std([disrupted / control for control, disrupted in means])
+    ratio, interval = map(float, disruption.ratio(rows).split(" ± "))
+    assert abs(ratio - rows[:, 3].sum() / control.sum()) < 0.006 and abs(interval - half) < 0.006 < half / 4
 
 
 def test_a_response_is_cut_some_steps_after_the_hidden_one():
@@ -211,6 +228,33 @@ def test_a_response_is_cut_some_steps_after_the_hidden_one():
             assert cut.span == (5 + 3 * k, 8 + 3 * k) and cut.fifth == 5 * 3 * k // 36
             assert (cut.prompt_ids, cut.prefix) == (prompt, ids[: 3 * (k + distance)])
         assert hidden == set(range(1, 11 - distance + 1))  # a scored step must follow
+
+
+def test_every_hidden_step_has_its_samples(monkeypatch, capsys, tiny_tokenizer):
+    """Where one of three continuations is right without a step, and all are with it, the table says so."""
+    right, wrong = (tiny_tokenizer(word)["input_ids"] for word in ("find", "b"))
+    drawn = Counter()
+
+    def continue_without(model, engine, prefixes, spans, *settings):
+        sampled = []
+        for prefix, span in zip(map(tuple, prefixes), spans):
+            drawn[prefix, span] += 1
+            sampled.append(right if span is None or drawn[prefix, span] % 3 == 1 else wrong)
+        return sampled
+
+    def verdict(text, answers, judge=disruption.grade):
+        known = {tiny_tokenizer.decode(right): True, tiny_tokenizer.decode(wrong): False}
+        found = [value for ending, value in known.items() if text.endswith(ending)]
+        return found[0] if found else judge(text, answers)
+
+    monkeypatch.setattr(disruption, "continue_without", continue_without)
+    monkeypatch.setattr(disruption, "grade", verdict)
+    text = printed_by(monkeypatch, capsys, "disruption", *"--problems 12 --draws 1 --samples 3".split())
+    rows = [line.split(" | ") for line in text.splitlines()[3:]]
+    assert [row[0] for row in rows] == [f"| {name}" for name in disruption.CLASSES]
+    assert all(row[2:6] == ["100.0", "33.3", "0.33 ± 0.00", "66.7 ± 0.0"] for row in rows)
+    n = sum(int(row[1]) for row in rows)
+    assert sum(drawn.values()) == 2 * 3 * n and n == 3 * int(re.search(r"(\d+) of 12", text)[1]) > 0
 
 
 # --- Figure 4
@@ -235,6 +279,91 @@ def test_density_integrates_to_one_and_superiority_is_a_probability():
     assert abs(np.sum(y) * (x[1] - x[0]) - 1) < 1e-3 and abs(x[y.argmax()] - 3) < 1
     assert fci_density.superiority(np.array([2, 3]), np.array([0, 1])) == 1
     assert fci_density.superiority(np.array([1.0]), np.array([1.0, 2.0])) == 0.25
+
+
+# --- Figures 1b and 6 to 9
+
+LOGGED = [  # one run's metrics
+    {"step": 0, "test_accuracy": 0.5, "test_accuracy_x": 0.25, "total_tokens": 0},
+    {"step": 0, "reward": 0.25, "total_tokens": 10, "total_updates": 0},
+    {"step": 1, "reward": 0.75, "mc_valid": None, "total_tokens": 30, "total_updates": 4},
+    {"step": 2, "mc_valid": 0.5, "test_accuracy": 1.0, "total_tokens": 40, "total_updates": 8},
+]
+
+
+@pytest.fixture
+def logged(tmp_path):
+    """Directories of two runs; the second never branched."""
+    for name, records in {"a": LOGGED, "b": LOGGED[:2]}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/metrics.jsonl").write_text('{"step": 0}\n{"st')
+    return tmp_path
+
+
+def test_metrics_that_are_plotted_are_explained():
+    text = (ROOT / "docs/metrics.md").read_text()
+    for name in [*plot_runs.PANELS, *(metric for metric, _ in plot_runs.X.values())]:
+        assert f"`{name}`" in text
+
+
+def test_a_curve_is_what_was_measured():
+    """Of what is missing or null, no point; the evaluation before training is at 0."""
+    assert plot_runs.curve(LOGGED, "total_updates", "test_accuracy") == ([0, 8], [0.5, 1.0])
+    assert plot_runs.curve(LOGGED, "total_tokens", "mc_valid") == ([40], [0.5])
+    records = [{"x": i, "y": y} for i, y in enumerate([8, 4, 0, 2])]
+    assert plot_runs.curve(records, "x", "y", smooth=3) == ([0, 1, 2, 3], [8, 6, 4, 2])
+
+
+def test_panels_are_those_of_the_figures_with_data():
+    runs = [LOGGED[:2], LOGGED]
+    assert [*plot_runs.panels_of(runs, ["6", "7", "8"])] == ["test_accuracy", "mc_valid", "reward"]
+    assert [*plot_runs.panels_of(runs, ["1b", "9"])] == ["test_accuracy", "test_accuracy_x"]
+    assert plot_runs.panels_of([LOGGED[:3]], ["6", "7"]) == {}  # null is no data
+
+
+def test_runs_are_overlaid(logged, monkeypatch, capsys):
+    """In each panel one line per run, in the run's colour; one legend; an axis label that says "mean"."""
+    figures, directories = [], [str(logged / name) for name in "ab"]
+    monkeypatch.setattr(Figure, "savefig", lambda figure, out, **settings: figures.append(figure))
+    flags = [*directories, "--labels", "A", "B", "--smooth", "2", "--x", "steps", "--out", "c.png"]
+    assert printed_by(monkeypatch, capsys, "plot_runs", *flags) == "wrote c.png\n"
+    (figure,) = figures
+    assert [text.get_text() for text in figure.legends[0].texts] == ["A", "B"]
+    assert "training steps (per-step metrics: mean of the last 2)" == figure.get_supxlabel()
+    assert [axis.get_title("left") for axis in figure.axes] == [
+        "Fig. 1b, 8: held-out problems",
+        "Fig. 6: continuations mixed",
+        "Fig. 8: reward in training",
+        "Fig. 9: x",
+    ]
+    colors = [line.get_color() for line in figure.legends[0].get_lines()]
+    assert all([line.get_color() for line in axis.lines] == colors for axis in figure.axes)
+    drawn = [[line.get_xydata().tolist() for line in axis.lines] for axis in figure.axes]
+    assert drawn[0] == [[[0, 0.5], [2, 1]], [[0, 0.5]]]  # evaluations are not smoothed
+    assert drawn[1] == [[[2, 0.5]], []] and drawn[2] == [[[0, 0.25], [1, 0.5]], [[0, 0.25]]]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["nowhere"], "cannot read nowhere/metrics.jsonl"),
+        (["a", "broken"], "cannot read broken/metrics.jsonl"),
+        (["a", "b", "--labels", "A"], "2 runs, 1 labels"),
+        (["a", "--smooth", "0"], "--smooth 0"),
+        (["a", "--figure", "6", "7"], "no run has the metrics of Figure 7"),
+        (["a", "--x", "problems"], "a has no metric total_problems: choose another --x"),
+        (["a", "--out", "nowhere/a.png"], "cannot write nowhere/a.png"),
+        (["a", "--out", "a.xyz"], "cannot write a.xyz"),
+    ],
+)
+def test_bad_runs_get_one_sentence(flags, message, logged, monkeypatch):
+    monkeypatch.chdir(logged)
+    monkeypatch.setattr(sys, "argv", ["plot_runs.py", *flags])
+    with pytest.raises(SystemExit) as caught:
+        plot_runs.main()
+    assert caught.value.code.startswith("error: ") and message in caught.value.code  # exit status 1
 
 
 # --- All of them

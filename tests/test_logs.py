@@ -70,6 +70,8 @@ def test_shares_of_a_batch_by_hand():
         "valid_sequences": 5,
         "sequences": 5,  # the second problem was dropped
         "valid_tokens": 1.0,
+        "tree_reuse": 15 / (8 + 6),  # the continuation shares its first token
+        "tree_reuse_with_prompts": (15 + 5) / (8 + 6 + 2),
         "problem_fci": [0.5, 0.25, None],
         "problem_initial_reward": [0.0, 1.0, 0.5],
         "problem_valid": [True, False, True],

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_baselines_are_the_papers():
 )
 def test_bad_input(tmp_path, monkeypatch, flags, message):
     if "vllm" in flags:
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        monkeypatch.setitem(sys.modules, "vllm", None)  # what import takes for a module that is not there
     forbid_loading(monkeypatch)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "column.jsonl").write_text('{"question": "a=1, find a.", "answer": "1"}\n')
