@@ -83,19 +83,20 @@ ALGORITHMS = {  # rows of the paper's Table 1
 PRESETS = {
     "paper": {},
     "tiny": dict(max_prompt_tokens=128, max_response_tokens=128, batch_size=12, min_batch_size=6)
-    | dict(max_batch_size=36, target_sequences=180, minibatch_sequences=48, lr=4e-4, token_budget=400_000)
+    | dict(max_batch_size=36, target_sequences=180, minibatch_sequences=96, lr=4e-4, token_budget=400_000)
     | dict(train_data=str(HERE / "tiny/train.jsonl"), test_data=[str(HERE / "tiny/test.jsonl")])
     | dict(eval_every=10, save_every=20, gradient_checkpointing=False)
     | dict(engine="torch", threads=1, microbatch_tokens=4096, eval_problems=400),
+    "tiny grpo": dict(batch_size=6),  # of 30 responses each: about as many tokens as a step of a tree
 }
 
 
 def parse_config(argv: list[str]) -> tuple[RunConfig, MethodConfig]:
-    """Defaults < preset < algorithm < flags. Raises InputError."""
+    """Defaults < preset < algorithm < preset for the algorithm < flags. Raises InputError."""
 
     def overrides(run: RunConfig, _) -> dict:
         preset = Path(run.model).name if run.preset == "auto" else run.preset
-        return PRESETS.get(preset, {}) | ALGORITHMS[run.algo]
+        return PRESETS.get(preset, {}) | ALGORITHMS[run.algo] | PRESETS.get(f"{preset} {run.algo}", {})
 
     run, method = parse((RunConfig, MethodConfig), argv, __doc__.split("\n")[0], overrides)
     run.output_dir = run.output_dir or f"runs/{run.algo}-{Path(run.model).name}-{run.seed}"
@@ -188,8 +189,7 @@ def get_ready(run: RunConfig, method: MethodConfig) -> Ready | None:
 def train(run: RunConfig, method: MethodConfig, stop=lambda: False) -> None:
     """One run, from checked input to the last checkpoint, or to one after the step in which `stop()` is true.
 
-    InputError comes before anything is trained. What is raised later costs the steps after the last
-    checkpoint.
+    InputError comes before anything is trained; later errors cost the steps after the last checkpoint.
     """
     if run.plan:
         return print(memory_plan(run, method))
@@ -197,7 +197,7 @@ def train(run: RunConfig, method: MethodConfig, stop=lambda: False) -> None:
     if ready is None:
         return
     out, trainer, progress, log = Path(run.output_dir), ready.trainer, ready.progress, ready.log
-    solved = lambda tested: percent(tested["test_accuracy"], tested["test_stderr"]) + " %"
+    solved = lambda tested: percent(tested["test_accuracy"], tested["test_stderr"]) + "%"
     test = lambda: held_out(run, method, trainer.engine, ready.tokenizer, ready.test_problems)
     sampling_ended = lambda: progress.enough(run, pending=bool(trainer.pending))
     finished = lambda: sampling_ended() and not trainer.pending

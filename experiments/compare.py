@@ -22,7 +22,7 @@ ALGORITHMS = {  # Table 1
     "AttnRL": "--algo attnrl",
     "TreeRL": "--algo treerl",
     "GRPO": "--algo grpo",
-    "GRPO with 6 responses": "--algo grpo --group_size 6",
+    "GRPO with 6 responses": "--algo grpo --group_size 6 --batch_size 30",
 }
 ABLATIONS = {  # Tables 2 and 3, then single fields
     "TreeRL, one-step off-policy": "--algo treerl --off_policy true",

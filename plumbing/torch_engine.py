@@ -17,7 +17,7 @@ from plumbing.nouns import Request, Response
 from plumbing.processes import full_weights
 
 ROOM = 64
-KEEP = 7 / 8  # when fewer of a batch's rows than this still grow, the others leave it
+KEEP = 3 / 4  # when fewer of a batch's rows than this still grow, the others leave it
 
 
 class RoomyLayer(DynamicLayer):
