@@ -116,12 +116,12 @@ def measured_step(trainer, new) -> tuple[dict, list[Problem]]:
 
 
 def handed_over(trainer) -> list[tuple]:
-    """What a whole step with four problems hands to `Learner.update`: (sequences, loss, divisors) of each
+    """What a whole step with eight problems hands to `Learner.update`: (sequences, loss, divisors) of each
     minibatch. The weights stay as they are."""
     calls: list[tuple] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.learner, "update", lambda *given: calls.append(given))
-        trainer.step(make_problems(trainer.engine.tokenizer), Clock())
+        trainer.step(make_problems(trainer.engine.tokenizer, 8), Clock())
         if trainer.cfg.off_policy:
             trainer.step([], Clock())
     assert len({a for sequences, *_ in calls for s in sequences for a in s.per_token["advantages"]}) > 4

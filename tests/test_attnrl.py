@@ -66,7 +66,7 @@ def test_first_gradient_is_reinforce_on_full_logits(tiny_model, tiny_tokenizer, 
 
     w is 1 for recomputed log-probs, and min(P(trainer) / P(engine), 2) of each token for the engine's.
     """
-    fields = dict(kl_coef=0.0, off_policy=False, old_logps=old_logps, minibatch_sequences=64)
+    fields = dict(kl_coef=0.0, off_policy=False, old_logps=old_logps, minibatch_sequences=1000)
     trainer = make_trainer(tiny_model, tiny_tokenizer, **fields)
     ((sequences, loss, divisors),) = handed_over(trainer)
     n = sum(len(s.response_ids) for s in sequences)

@@ -104,7 +104,7 @@ def test_entropy_is_of_the_full_distribution(tiny_model, tiny_tokenizer):
 
 
 def test_gradients_do_not_depend_on_memory_knobs(tiny_model, tiny_tokenizer):
-    trainer = make_trainer(tiny_model, tiny_tokenizer, kl_coef=0.1, minibatch_sequences=64)
+    trainer = make_trainer(tiny_model, tiny_tokenizer, kl_coef=0.1, minibatch_sequences=1000)
     learner, (minibatch,) = trainer.learner, handed_over(trainer)
     for s in minibatch[0]:  # so that ratio and clipping take part
         s.per_token["old_logps"] = [x - 0.1 for x in s.per_token["old_logps"]]
