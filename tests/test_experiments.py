@@ -1,5 +1,5 @@
-"""`python experiments/show_fci.py` as a user runs it (Figure 2), and Figures 3 (disruption), 4 (fci_density)
-and 1b and 6 to 9 (plot_runs)."""
+"""`python experiments/show_fci.py` as a user runs it (Figure 2), Figures 3 (disruption), 4 (fci_density) and
+1b and 6 to 9 (plot_runs), and what times whole runs (bench_run) and TRL (vs_trl)."""
 
 import contextlib
 import importlib
@@ -17,11 +17,12 @@ from conftest import ROOT
 from matplotlib.figure import Figure
 
 from attnrl import Rollout
-from experiments import disruption, fci_density, plot_runs, show_fci
+from experiments import bench_run, disruption, fci_density, plot_runs, show_fci, vs_trl
 from plumbing.learner import Learner
 from plumbing.models import prompt_ids
 from plumbing.settings import MachineConfig
 from plumbing.torch_engine import TorchEngine
+from train import parse_config
 from tree import RULES
 
 PROBLEM = "a=1, b=a+5, c=b*6, d=c+1, e=d*5, f=e*4, g=f+c, h=g+c, i=h+2, j=i+e, k=j+f, l=k+c, find l."
@@ -364,6 +365,106 @@ def test_bad_runs_get_one_sentence(flags, message, logged, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         plot_runs.main()
     assert caught.value.code.startswith("error: ") and message in caught.value.code  # exit status 1
+
+
+# --- Times of whole runs, and TRL's
+
+
+def test_a_run_is_its_parts_and_the_rest():
+    records = [
+        {"step": 0, "total_tokens": 0},
+        {"time_generate": 2.0, "time_score": 1.0, "time_step": 3.5, "total_tokens": 300},
+        {"time_generate": 1.0, "time_update": 4.0, "time_push": 0.5, "total_tokens": 500},
+    ]
+    run = bench_run.of_metrics(10.0, records)
+    expected = dict(generate=3.0, score=1.0, update=4.0, grade=0.0, push=0.5, rest=1.5)
+    assert run.parts == expected and run.per_1000() == 20
+    logged = (ROOT / "docs/metrics.md").read_text()
+    assert all(f"`time_{part}`" in logged for part in bench_run.PARTS)
+
+
+def test_the_two_of_a_pair_begin_in_turns(capsys):
+    """In the order in which they ran; the report is by pair, with the ratio per token."""
+    ran, lengths = [], {"old": iter([10.0, 30.0, 20.0]), "new": iter([5.0, 6.0, 2.0])}
+
+    def measure(name):
+        ran.append(name)
+        seconds = next(lengths[name])
+        return bench_run.Run(seconds, {"old": 1000, "new": 500}[name], {"rest": seconds})
+
+    bench_run.report(["old", "new"], bench_run.in_pairs(3, lambda: measure("old"), lambda: measure("new")))
+    assert ran == ["old", "new", "new", "old", "old", "new"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "pair 1, old: 10.0 s, 1,000 tokens (10.0000 s per 1,000, 100 per second)"
+    assert lines[-3:] == [
+        "new / old, median of 3: 0.400 (0.200–1.000)",
+        "old: rest 20.0 s",
+        "new: rest 4.3 s",
+    ]
+
+
+def test_a_neighbour_is_busy_during_the_run_and_gone_afterwards(monkeypatch):
+    started = []
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args: started.append(start(*args)) or started[-1])
+
+    def train(tree, flags):
+        assert tree == ROOT and flags == ["--steps", "1"] and started[0].poll() is None
+        raise RuntimeError("a run that fails")
+
+    monkeypatch.setattr(bench_run, "train", train)
+    with pytest.raises(RuntimeError):
+        bench_run.train_beside_a_neighbour(["--steps", "1"])
+    assert started[0].returncode == -9
+
+
+def test_a_failing_process_gets_one_sentence_and_no_number_of_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert bench_run.python(ROOT, "-c", "import os; print('OMP_NUM_THREADS' in os.environ)") == "False\n"
+    with pytest.raises(SystemExit) as caught:
+        bench_run.python(ROOT, "-c", "raise ValueError('why')")
+    assert caught.value.code == f"error: {ROOT} failed: ValueError: why"
+
+
+def test_the_sampling_that_is_timed_is_what_its_program_counts(monkeypatch, capsys):
+    """One of its six rounds, with fewer problems."""
+    monkeypatch.chdir(ROOT)
+    program = bench_run.DECODE.replace("range(-1, 5)", "range(0, 1)").replace("[:16]", "[:2]")
+    names = {}
+    exec(program, names)
+    run = bench_run.Run(**json.loads(capsys.readouterr().out))
+    assert len(names["requests"]) == 12 and 0 < run.tokens <= 12 * 128 and run.seconds > 0
+    assert run.tokens == sum(len(r.ids) for r in names["responses"])
+
+
+def test_without_trl_there_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.setattr(sys, "argv", ["vs_trl.py"])
+    with pytest.raises(SystemExit) as caught:
+        vs_trl.main()
+    assert caught.value.code == "error: this needs TRL, which is not installed: pip install trl==1.16.0"
+
+
+def test_ratios_to_trl_are_per_token():
+    ours = dict(tokens=1000, sequences=96, updates=2, seconds=4.0, generate=1.0, grade=0.5, train=2.5)
+    trl = dict(ours, tokens=2000, seconds=12.0, generate=8.0)
+    pairs = [(ours, trl), (ours, dict(trl, seconds=24.0)), (ours, dict(trl, seconds=10.0))]
+    assert vs_trl.ratio(pairs, "seconds") == "seconds 1.50 (1.25–3.00)"
+    assert vs_trl.ratio(pairs, "generate") == "generate 4.00 (4.00–4.00)"
+    counts = "TRL: 2,000 tokens, 96 sequences, 2 updates in 12.0 s"
+    times = "seconds 6.000, generate 4.000, grade 0.250, train 1.250"
+    assert vs_trl.row("TRL", trl) == f"{counts}; per 1,000 tokens {times}"
+
+
+def test_our_side_counts_all_batches_but_the_first(tiny_tokenizer):
+    """Of two batches of two problems one counts; nothing is dropped, and the parts add up."""
+    sizes = "--batch_size 2 --minibatch_sequences 6 --max_response_tokens 32 --threads 1".split()
+    run, cfg = parse_config([*vs_trl.FLAGS, *sizes])
+    rows = [{"problem": PROBLEM, "answers": ["1"], "prompt_ids": prompt_ids(tiny_tokenizer, PROBLEM)}] * 4
+    found = vs_trl.ours(run, cfg, rows, tiny_tokenizer)
+    assert (found["sequences"], found["updates"]) == (12, 2) and 12 <= found["tokens"] <= 12 * 32
+    parts = [found[name] for name in ("generate", "grade", "train")]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(found["seconds"])
 
 
 # --- All of them
