@@ -75,7 +75,7 @@ class MethodConfig:
     clip_high: float = HfArg(default=0.28, help="and above 1 + clip_high")
     kl_coef: float = HfArg(default=0.001, help="weight of the KL to the initial model; 0: no reference model")
     grad_clip: float = HfArg(default=1.0, help="largest gradient norm")
-    # the engine has a copy of the weights and kernels of its own
+    # an engine may have a copy of the weights, and kernels of its own
     old_logps: Literal["recompute", "engine"] = HfArg(
         default="recompute", help="whose log-probs are the sampling policy's; engine: by importance weights"
     )
@@ -155,7 +155,7 @@ class Problem:
     answers: list[str]
     prompt_ids: list[int]
     rollouts: list[Rollout] = field(default_factory=list)  # the initial ones first
-    fci: float | None = None  # mean over the initial responses of the mean FCI of their steps
+    fci: float | None = None  # mean over the initial responses of the mean FCI of their steps, zeros too
     kept: bool = True  # passed the filter of Eq. 8
     branches: list[tuple[int, int]] = field(default_factory=list)  # where to sample again: (family, token)
 
@@ -191,7 +191,7 @@ def policy_loss(logps, ref_logps, old_logps, engine_logps, advantages, cfg: Meth
 
 
 def minibatches(problems: list[Problem], size: int) -> list[list[Problem]]:
-    """Whole problems, cut into round(sequences / size) parts of nearly as many sequences, one at least."""
+    """Whole problems in round(sequences / size) parts, at least one, of nearly equally many sequences."""
     n_sequences = np.array([len(problem.rollouts) for problem in problems])
     count = max(1, round(n_sequences.sum() / size))
     middles = n_sequences.cumsum() - n_sequences / 2  # a problem belongs to the part that its middle is in
@@ -219,10 +219,8 @@ class AttnRL:
         Off-policy, due is what the last call sampled: at first nothing. `with clock(name)` times a part.
         """
         cfg, updates = self.cfg, []
-        if cfg.off_policy:
-            passes, self.pending = [(new, self.pending)], new
-        else:
-            passes = [(new, []), ([], new)]
+        batch, self.pending = (self.pending, new) if cfg.off_policy else (new, [])  # batch: to be trained on
+        passes = [(new, batch)] if cfg.off_policy else [(new, []), ([], batch)]
         for new, due in passes:
             with clock("generate"):  # 1. initial responses of the new problems, continuations of those due
                 fresh = self.generate(new, due)
@@ -246,7 +244,7 @@ class AttnRL:
                 n_useful = sum(any(r.advantages) for problem in due for r in problem.rollouts)
                 bounds = cfg.min_batch_size, cfg.max_batch_size
                 self.sampler.resize(cfg.target_sequences, n_useful, cfg.batch_decay, *bounds)
-        return due, updates
+        return batch, updates
 
     def generate(self, new: list[Problem], due: list[Problem]) -> list[tuple[Problem, Rollout]]:
         """One call: initial responses of the new problems, continuations from branch points of those due."""

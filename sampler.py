@@ -5,9 +5,9 @@ Three decisions say where the next tokens go:
 - how many of a problem's initial responses are branched: more where it fails more (Eq. 9);
 - how many problems the next batch holds: its sequences with non-zero advantage are to meet a target (Eq. 10).
 
-Released code against the paper: it filters only problems that all initial responses solve (Eq. 8 read
-literally filters every problem: `fci_filter="all"`), and its running mean includes the batch that is
-compared; it rounds Eq. 9 up, the paper to nearest, as here.
+Eq. 8 in the paper filters every problem (`fci_filter="all"`). The released code, and our default, filter only
+problems that all initial responses solve; the released running mean includes the batch that is compared. The
+released code rounds Eq. 9 up, the paper and we to nearest.
 """
 
 import math
@@ -17,7 +17,7 @@ import numpy as np
 
 
 def expansion(rewards: list[float]) -> int:
-    """How many of a problem's initial responses to branch (Eq. 9), between 0 and len(rewards).
+    """How many of a problem's initial responses to branch (Eq. 9), at most all of them.
 
     rewards: correctness of the initial responses, 0 or 1.
 
@@ -31,7 +31,7 @@ def expansion(rewards: list[float]) -> int:
 def choose_responses(rewards: list[float], count: int, rng: np.random.Generator) -> list[int]:
     """Indices of the `count` responses to branch: the rarer outcome first, at random within an outcome.
 
-    Of as many right as wrong responses, the wrong ones come first, as in the released code.
+    On a tie the wrong ones come first. Both as in the released code.
     """
     correct = [r > 0.5 for r in rewards]
     correct_are_rarer = 2 * sum(correct) < len(correct)

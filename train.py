@@ -33,7 +33,7 @@ from plumbing.grader import Grader
 from plumbing.learner import NonFiniteUpdates, make_learner
 from plumbing.memory_plan import report as memory_plan
 from plumbing.models import load_tokenizer
-from plumbing.problems import Stream, load_fitting
+from plumbing.problems import Stream, load_data
 from plumbing.processes import any_process, fork_rng, once, rank, world_size
 from plumbing.progress import Progress, ProgressBar
 from plumbing.settings import MAY_CHANGE, MachineConfig, RunStopped, absolute, one_sentence, parse
@@ -162,7 +162,7 @@ def get_ready(run: RunConfig, method: MethodConfig) -> Ready | None:
     with one_sentence():
         check_engine(run)
         tokenizer = load_tokenizer(run.model)
-        train_problems, test_problems = load_fitting(run, method, tokenizer)
+        train_problems, test_problems = load_data(run, method, tokenizer)
         checkpoint, state = once(lambda: checkpoints.prepare(out, asdict(run) | asdict(method), MAY_CHANGE))
         progress = Progress(**state.get("progress", {}))
         if checkpoint and not state["method"]["pending"] and progress.enough(run):
@@ -179,7 +179,7 @@ def get_ready(run: RunConfig, method: MethodConfig) -> Ready | None:
         checkpoints.restore(trainer.learner, checkpoint, state)
         trainer.load_state(state["method"])
     few, n_tokens = [p["prompt_ids"] for p in train_problems[:8]], min(16, method.max_response_tokens)
-    # The engine starts from `run.model`: this is also the push of the weights of a checkpoint.
+    # The engine starts from `run.model`: verify_sync also pushes the weights of a checkpoint.
     verify_sync(trainer.engine.own, trainer.learner, few, method.max_engine_gap, n_tokens)
     log = logs.Log(out, state.get("log_lines", {}))
     return Ready(trainer, tokenizer, Stream(train_problems, run.seed), test_problems, progress, log)

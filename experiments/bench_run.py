@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--old", default="1eb60e7", help="commit to compare with")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--token_budget", type=int, help="of train.py [its default]")
+    parser.add_argument("--flags", default="", help='more flags of train.py, for both: "--threads 1"')
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--neighbour", action="store_true", help="this tree alone, and beside a busy process")
     what.add_argument("--decode", action="store_true", help="only sampling with the plain engine")
@@ -139,7 +139,7 @@ def main() -> None:
     if args.pairs < 1:
         parser.error(f"--pairs is {args.pairs}; it must be at least 1")
 
-    flags = [] if args.token_budget is None else ["--token_budget", str(args.token_budget)]
+    flags = args.flags.split()
     if args.neighbour:
         kinds = lambda: train(ROOT, flags), lambda: train_beside_a_neighbour(flags)
         return report(["alone", "neighbour"], in_pairs(args.pairs, *kinds))

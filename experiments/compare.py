@@ -1,7 +1,8 @@
 """Train rows of the paper's tables over several seeds and print one table.
 
     python experiments/compare.py                                              # AttnRL, TreeRL, GRPO; 5 seeds
-    python experiments/compare.py --rows ablations --out runs/ablations
+    python experiments/compare.py --rows tables                                # rows of Tables 2 and 3
+    python experiments/compare.py --rows fields --seeds 2                      # single fields
     python experiments/compare.py --rows settings --first_seed 100 --seeds 3 --out runs/settings
 
 Every run is `python train.py FLAGS --seed S`, with the same budget of generated tokens. Runs that are
@@ -24,11 +25,14 @@ ALGORITHMS = {  # Table 1
     "GRPO": "--algo grpo",
     "GRPO with 6 responses": "--algo grpo --group_size 6 --batch_size 30",
 }
-ABLATIONS = {  # Tables 2 and 3, then single fields
+TABLES = {  # Tables 2 and 3
     "TreeRL, one-step off-policy": "--algo treerl --off_policy true",
     "TreeRL + ATB": "--algo treerl --branching fci --min_branch_gap 512",
     "AttnRL without FCI filter": "--fci_filter none",
+    "AttnRL, easy problems left out": "--fci_filter drop_easy",
     "AttnRL without difficulty-aware expansion": "--expansion uniform",
+}
+FIELDS = {  # single fields
     "AttnRL, Eq. 8 read literally": "--fci_filter all",
     "AttnRL, on-policy": "--off_policy false",
     "AttnRL, fixed batch": "--adaptive_batch false",
@@ -46,7 +50,7 @@ SETTINGS = {
     for lr in ("1e-4", "2e-4", "4e-4")
     for name, flags in {"GRPO": "--algo grpo", "random branching": "--branching random"}.items()
 }
-ROWS = {"algorithms": ALGORITHMS, "ablations": ABLATIONS, "settings": SETTINGS}
+ROWS = {"algorithms": ALGORITHMS, "tables": TABLES, "fields": FIELDS, "settings": SETTINGS}
 # Student's t, 95%, by number of seeds
 T95 = dict(enumerate([12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26], start=2))
 

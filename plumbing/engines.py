@@ -20,7 +20,7 @@ from plumbing.vllm_engine import VLLM_VERSION, VLLMEngine
 
 
 def resolve_engine(name: str) -> str:
-    """ "vllm" or "torch"; "auto" is vLLM where there is CUDA. ValueError where vLLM does not import."""
+    """ "vllm" or "torch"; "auto" is vLLM where there is CUDA. ValueError where it cannot be used."""
     if name == "torch" or (name == "auto" and not torch.cuda.is_available()):
         return "torch"
     try:

@@ -132,7 +132,7 @@ def batch_metrics(due: list) -> dict:
 
 
 def update_metrics(updates: list[dict]) -> dict:
-    """Averages per token over the updates that were not skipped, from the learner's reports."""
+    """Averages per token, and grad_norm per update, over the updates not skipped; from their reports."""
     if not updates:
         return {}
     totals: dict[str, float] = defaultdict(float)
@@ -154,7 +154,7 @@ def update_metrics(updates: list[dict]) -> dict:
 
 
 def describe_tree(due: list, step: int) -> dict:
-    """One tree as text and numbers, for rollouts.jsonl: the largest, of mixed outcomes if there is one."""
+    """One tree as text and numbers, for rollouts.jsonl: of mixed outcomes the largest, else the first."""
     problem = max(due, key=lambda p: p.mixed() * len(p.rollouts))
     rollouts = []
     for r in problem.rollouts:

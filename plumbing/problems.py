@@ -1,4 +1,4 @@
-"""Problems with answers, from files or datasets and checked row by row; the order of their visits."""
+"""Problems with answers, from files or datasets and checked row by row; the order of training."""
 
 import functools
 import json
@@ -68,9 +68,11 @@ def _problem(row: object, where: str, problem: str, answer: str) -> dict:
     return {"problem": row[problem], "answers": [str(a).strip() for a in answers]}
 
 
-def with_prompts(problems: list[dict], name: str, tokenizer, longest: int, fate: str) -> list[dict]:
-    """Problems with their `prompt_ids`; prints how many of these are too long, and their fate. ValueError if
-    all are."""
+def with_prompts(problems: list[dict], name: str, tokenizer, longest: int, consequence: str) -> list[dict]:
+    """Problems with their `prompt_ids`; prints how many prompts are too long, and the consequence.
+
+    Raises ValueError if all are.
+    """
     found = []
     for p in tqdm(problems, desc=name, delay=2, disable=rank() > 0):
         found.append(p | {"prompt_ids": prompt_ids(tokenizer, p["problem"])})
@@ -78,15 +80,12 @@ def with_prompts(problems: list[dict], name: str, tokenizer, longest: int, fate:
     if n_long == len(found):
         raise ValueError(f"no prompt of {name} fits into {limit}: raise it")
     if n_long:
-        print(f"{n_long} of {len(found)} prompts of {name} are longer than {limit} and {fate}")
+        print(f"{n_long} of {len(found)} prompts of {name} are longer than {limit} and {consequence}")
     return found
 
 
-def load_fitting(run, method, tokenizer) -> tuple[list[dict], dict[str, list[dict]]]:
-    """Training problems whose prompts fit, and all held-out ones by the name of their file. ValueError.
-
-    run, method: RunConfig and MethodConfig.
-    """
+def load_data(run, method, tokenizer) -> tuple[list[dict], dict[str, list[dict]]]:
+    """Training problems whose prompts fit, and all held-out ones by the name of their file. ValueError."""
     longest, context = method.max_prompt_tokens, context_length(run.model)
     needed = longest + method.max_response_tokens
     if needed > context:

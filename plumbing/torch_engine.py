@@ -17,7 +17,7 @@ from plumbing.nouns import Request, Response
 from plumbing.processes import full_weights
 
 ROOM = 64
-KEEP = 3 / 4  # when fewer of a batch's rows than this still grow, the others leave it
+KEEP = 3 / 4  # rows that have ended leave a batch when less than this share of it goes on
 
 
 class RoomyLayer(DynamicLayer):
@@ -26,7 +26,7 @@ class RoomyLayer(DynamicLayer):
     transformers' own layer copies all that it holds for each token that it takes in.
     """
 
-    buffers = None  # of keys and of values, (B, heads, tokens and room, head dim)
+    buffers = None  # of keys and of values, (B, heads, capacity, head dim)
 
     def update(self, key_states, value_states, *args, **kwargs):
         start = self.get_seq_length()
@@ -58,7 +58,7 @@ def check_requests(requests: list[Request], context: float) -> None:
 def draw(logits: torch.Tensor, temperature: float, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """A token of each row of logits (B, V), and its log-probability under what it was drawn from: (B,) each.
 
-    Temperature first, then top-p. temperature 0: the likeliest token, and its log-probability at 1.
+    Temperature first, then top-p. temperature 0: the likeliest token, its log-probability at temperature 1.
     """
     logits = logits.float() / (temperature or 1)
     if top_p < 1:
@@ -72,7 +72,7 @@ class TorchEngine:
     """Samples from the trained model itself (weights are never stale) or from a copy of it.
 
     batch_tokens: rows x longest sequence of a batch, a memory knob. Requests of similar length share a batch.
-    autocast: makes the context of forward passes, that of the trainer.
+    autocast: makes the context manager of forward passes, the trainer's.
     """
 
     def __init__(self, model, tokenizer, batch_tokens: int = 32768, autocast: Callable = nullcontext):

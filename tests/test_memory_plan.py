@@ -240,7 +240,7 @@ def test_peak_of_a_whole_microbatch(model_and_shape, checkpointing):
 
 
 def test_plan_needs_no_weights_and_reads_no_data(model_and_shape, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "load_fitting", lambda *args: pytest.fail("read data"))
+    monkeypatch.setattr(train, "load_data", lambda *args: pytest.fail("read data"))
     for module in (learner, engines):
         monkeypatch.setattr(module, "load_model", lambda *args: pytest.fail("loaded weights"))
     flags = ["--model", str(tmp_path), "--plan", "--gpu_gb", "80", "--output_dir", str(tmp_path / "run")]
