@@ -3,6 +3,7 @@
     python experiments/bench_run.py --old 1eb60e7    # `python train.py` of both, three times each
     python experiments/bench_run.py --neighbour      # of this tree alone, and beside a busy process
     python experiments/bench_run.py --decode         # only the plain engine of both: sampling, on one thread
+    python experiments/bench_run.py --continuous     # this one, and transformers' continuous batching
 
 The two of a pair run one after the other, the second first in every other pair, so that a machine that slows
 down slows both. Runs need not generate equally many tokens, so the ratio is of seconds per 1,000 of them.
@@ -46,6 +47,25 @@ for seed in range(-1, 5):  # -1: to warm up
     if seed >= 0:
         seconds += time.perf_counter() - started
         tokens += sum(len(r.ids) for r in responses)
+print(json.dumps({"seconds": seconds, "tokens": tokens}))
+"""
+CONTINUOUS = """
+import json, time
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+from plumbing.models import load_tokenizer, prompt_ids
+
+torch.set_num_threads(1)
+tokenizer, model = load_tokenizer("tiny"), AutoModelForCausalLM.from_pretrained("tiny", dtype=torch.float32)
+problems = [json.loads(line)["problem"] for line in open("tiny/train.jsonl")][:16]
+prompts = [prompt_ids(tokenizer, problem) for problem in problems for _ in range(6)]
+special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+settings = GenerationConfig(do_sample=True, max_new_tokens=128, **special)
+for warming_up in (True, False):
+    started = time.perf_counter()
+    outputs = model.eval().generate_batch(prompts, generation_config=settings)
+    seconds = time.perf_counter() - started
+tokens = sum(len(output.generated_tokens) for output in outputs.values())
 print(json.dumps({"seconds": seconds, "tokens": tokens}))
 """
 
@@ -135,6 +155,7 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--neighbour", action="store_true", help="this tree alone, and beside a busy process")
     what.add_argument("--decode", action="store_true", help="only sampling with the plain engine")
+    what.add_argument("--continuous", action="store_true", help="the same, and continuous batching")
     args = parser.parse_args()
     if args.pairs < 1:
         parser.error(f"--pairs is {args.pairs}; it must be at least 1")
@@ -143,13 +164,16 @@ def main() -> None:
     if args.neighbour:
         kinds = lambda: train(ROOT, flags), lambda: train_beside_a_neighbour(flags)
         return report(["alone", "neighbour"], in_pairs(args.pairs, *kinds))
+    sample = lambda tree, code: Run(**json.loads(python(tree, "-c", code).splitlines()[-1]))
+    if args.continuous:
+        kinds = lambda: sample(ROOT, DECODE), lambda: sample(ROOT, CONTINUOUS)
+        return report(["plain engine", "continuous batching"], in_pairs(args.pairs, *kinds))
     with tempfile.TemporaryDirectory() as folder:
         old = Path(folder, "old")
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(old)], check=True)
         if subprocess.run(["git", "checkout", args.old], cwd=old, capture_output=True).returncode:
             sys.exit(f"error: there is no commit {args.old} in {ROOT}: give another --old")
-        decode = lambda tree: Run(**json.loads(python(tree, "-c", DECODE)))
-        measure = decode if args.decode else lambda tree: train(tree, flags)
+        measure = lambda tree: sample(tree, DECODE) if args.decode else train(tree, flags)
         report(["old", "new"], in_pairs(args.pairs, lambda: measure(old), lambda: measure(ROOT)))
 
 

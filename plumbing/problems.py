@@ -69,10 +69,7 @@ def _problem(row: object, where: str, problem: str, answer: str) -> dict:
 
 
 def with_prompts(problems: list[dict], name: str, tokenizer, longest: int, consequence: str) -> list[dict]:
-    """Problems with their `prompt_ids`; prints how many prompts are too long, and the consequence.
-
-    Raises ValueError if all are.
-    """
+    """Problems with their `prompt_ids`; prints how many prompts are too long. ValueError if all are."""
     found = []
     for p in tqdm(problems, desc=name, delay=2, disable=rank() > 0):
         found.append(p | {"prompt_ids": prompt_ids(tokenizer, p["problem"])})

@@ -83,9 +83,7 @@ class VLLMEngine:
             self.llm.wake_up(tags=["weights"])  # not yet the cache: the push needs room of its own
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(model)})
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError(
-                "vLLM kept prefixes of the old weights cached (reset_prefix_cache returned False)"
-            )
+            raise RuntimeError("vLLM kept prefixes of the old weights (reset_prefix_cache returned False)")
         if self.asleep and not self.llm.wake_up(tags=["kv_cache"]):
             raise RuntimeError("vLLM did not wake up (wake_up returned False)")
         self.asleep = False

@@ -121,12 +121,11 @@ def test_errors_reach_the_shell_as_one_line():
 
 @pytest.mark.slow
 def test_an_engine_that_is_not_the_trainer_stops_the_run_before_it_starts(tmp_path):
-    """A bound below rounding makes a sound engine fail; the same command with the bound that the message
-    proposes goes on."""
+    """A bound below rounding makes a sound engine fail; the same command with a higher one goes on."""
     out = tmp_path / "run"
     flags = ("--output_dir", out, "--steps", 1, "--max_engine_gap", 1e-12)
     done = subprocess.run(command(*flags), capture_output=True, text=True, cwd=ROOT)
-    words = "error: after a push of the weights, negated, the engine's"
+    words = "error: after a push of the weights, the engine's"
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(words)
     assert "Traceback" not in done.stderr and not (out / "metrics.jsonl").exists()
     run(*flags[:-1], 1e-3)
