@@ -39,6 +39,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     return output.reshape(batch, 1, heads, -1), None
 
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a plan for each new shape: minutes per step
 AttentionInterface.register(ATTENTION, attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 

@@ -36,7 +36,17 @@ def load_problems(source: str, split="train") -> list[dict]:
     if not isinstance(rows, list) or not rows:
         needed = f"it needs a list of rows with `{problem}` and `{answer}`"
         raise ValueError(f"{source} holds no problems; {needed}")
-    return [_problem(row, f"row {i} of {source}", problem, answer) for i, row in enumerate(rows, 1)]
+    problems, unusable = [], []
+    for i, row in enumerate(rows, 1):
+        try:
+            problems.append(_problem(row, f"row {i} of {source}", problem, answer))
+        except ValueError as error:
+            unusable.append(error)
+    if unusable and (Path(source).exists() or not problems):  # a file can be mended, a dataset of the hub not
+        raise unusable[0]
+    if unusable:
+        print(f"{len(unusable)} of {len(rows)} rows of {source} are left out; the first: {unusable[0]}")
+    return problems
 
 
 def _read_rows(source: str, split: str) -> list:

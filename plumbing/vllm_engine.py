@@ -17,22 +17,13 @@ VLLM_VERSION = "0.32.0"  # what requirements-gpu.txt pins and tests run: its rel
 class VLLMEngine:
     """Samples with vLLM, in this process, from a copy of the weights that `load` keeps up to date.
 
-    max_tokens: longest prompt plus its budget. gpu_memory: share of the GPU for vLLM's weights and cache.
+    max_tokens: longest prompt plus its budget. gpu_memory: share of each of n_gpus for weights and cache.
     sleep_mode: let `sleep` hand that share back until the next `load` (CUDA only). Raises ValueError in one
     sentence if vLLM does not start. Continuations of one response share their prefix, so prefix caching
     saves most of their prefill.
     """
 
-    def __init__(
-        self,
-        model_name: str,
-        tokenizer,
-        max_tokens: int,
-        seed: int = 0,
-        gpu_memory: float = 0.4,
-        sleep_mode: bool = False,
-        tensor_parallel: int = 1,
-    ):
+    def __init__(self, model_name, tokenizer, max_tokens, seed=0, gpu_memory=0.4, sleep_mode=False, n_gpus=1):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: weights are handed over as they are
         try:
             own_settings = GenerationConfig.from_pretrained(model_name)
@@ -46,7 +37,7 @@ class VLLMEngine:
             dtype = "bfloat16" if torch.cuda.is_available() else "float32"
             launcher = "external_launcher" if world_size() > 1 else None  # the processes are torchrun's
             sizes = dict(max_model_len=max_tokens, gpu_memory_utilization=gpu_memory, seed=seed, dtype=dtype)
-            sizes |= dict(tensor_parallel_size=tensor_parallel, distributed_executor_backend=launcher)
+            sizes |= dict(tensor_parallel_size=n_gpus, distributed_executor_backend=launcher)
             ways = dict(skip_tokenizer_init=True, generation_config="vllm", enable_prefix_caching=True)
             ways |= dict(logprobs_mode="processed_logprobs", enable_sleep_mode=sleep_mode)
             self.llm = LLM(model_name, **sizes, **ways)

@@ -43,7 +43,7 @@ def test_verify_sync_finds_every_tensor_that_does_not_arrive(tiny_model, tiny_to
 
 
 def test_verify_sync_passes_a_deep_network_whose_engine_rounds(tmp_path):
-    """28 layers of Qwen2 with large key biases, the engine's weights in bf16: rounding alone puts it more than
+    """28 layers of Qwen2 with large key biases, the engine in bf16: rounding alone puts it more than
     0.1 nats from the trainer. That is far less than a push that did not arrive."""
     torch.manual_seed(1)
     sizes = dict(hidden_size=64, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)

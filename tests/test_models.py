@@ -74,3 +74,8 @@ def test_one_token_with_a_cache_is_what_the_whole_sequence_says(name):
         read = model(ids[:, :-3], use_cache=True)
         logits = [model(ids[:, [i]], past_key_values=read.past_key_values).logits for i in (-3, -2, -1)]
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_that_plans_anew_for_each_shape_is_off():
+    """Rows and length of a batch differ from pass to pass, and cuDNN keeps a plan for each pair."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()

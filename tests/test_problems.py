@@ -38,6 +38,23 @@ def test_parquet_files_and_hub_datasets(tmp_path, monkeypatch):
         load_problems("org/nome", "test")
 
 
+def test_rows_of_the_hub_without_a_usable_answer_are_left_out_and_counted(monkeypatch, capsys):
+    """In a local file the same row is an error; so is a dataset without any usable row."""
+    datasets = pytest.importorskip("datasets")
+    rows = [
+        {"problem": "p", "answer": "1"},
+        {"problem": "q", "answer": None},
+        {"problem": " ", "answer": "2"},
+    ]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows))
+    assert load_problems("org/name") == [{"problem": "p", "answers": ["1"]}]
+    said = "2 of 3 rows of org/name are left out; the first: row 2 of org/name has the answer None"
+    assert capsys.readouterr().out.startswith(said)
+    del rows[0]
+    with pytest.raises(ValueError, match="row 1 of org/name has the answer None"):
+        load_problems("org/name")
+
+
 @pytest.mark.parametrize(
     "name, text, message",
     [
