@@ -188,7 +188,7 @@ def plot_curves(out: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
     panels = {
         "accuracy": ["test_accuracy", "reward"],
-        "shares": ["valid_tokens", "mc_valid", "rescued_all_right", "rescued_all_wrong"],
+        "shares": ["valid_tokens", "mc_valid", "filtered"],
         "entropy (nats per token)": ["entropy"],
         "problems per batch": ["batch_size", "valid_problems"],
     }
