@@ -1,7 +1,7 @@
 """Benchmarks, the verdict on a response, Pass@1 and Pass@K.
 
     python eval.py --model runs/a/checkpoint-500                 # the paper's six benchmarks and settings
-    python eval.py --model tiny --data tiny/test.jsonl           # the embedded reasoner on its own problems
+    python eval.py --model tiny --data tiny/test.jsonl --engine torch   # the embedded reasoner, anywhere
     python eval.py --compare runs/eval-a/results.json runs/eval-b/results.json
 
 The paper samples 32 responses per problem of AIME24, AIME25 and AMC23, and 4 of MATH-500, Minerva and
