@@ -286,4 +286,4 @@ def test_a_storm_of_grader_timeouts_is_survived(tmp_path, monkeypatch):
     records = metrics(out)[1:]
     assert checker.timeouts - before == sum(r["sequences"] for r in records) > 0
     assert sum(r["grader_timeouts"] for r in records) == checker.timeouts - before
-    assert [r["reward"] for r in records] == [0, 0] and records[-1]["total_updates"] == 0
+    assert all(r["reward"] == r["valid_sequences"] == 0 for r in records)
