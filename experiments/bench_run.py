@@ -24,8 +24,14 @@ from statistics import fmean, median
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["generate", "score", "update", "grade", "push"]
-DECODE = """
-import json, sys, time
+PROMPTS = """
+torch.set_num_threads(1)
+tokenizer = load_tokenizer("tiny")
+problems = [json.loads(line)["problem"] for line in open("tiny/train.jsonl")][:16]
+prompts = [prompt_ids(tokenizer, problem) for problem in problems for _ in range(6)]
+"""
+DECODE = f"""
+import json, time
 import torch
 try:
     from plumbing.models import load_model, load_tokenizer, prompt_ids
@@ -33,12 +39,9 @@ try:
     from plumbing.torch_engine import TorchEngine
 except ImportError:  # a commit from before plumbing/
     from sampler import Request, TorchEngine, load_model, load_tokenizer, prompt_ids
-
-torch.set_num_threads(1)
-tokenizer = load_tokenizer("tiny")
+{PROMPTS}
 engine = TorchEngine(load_model("tiny"), tokenizer)
-problems = [json.loads(line)["problem"] for line in open("tiny/train.jsonl")][:16]
-requests = [Request(prompt_ids(tokenizer, problem), 128) for problem in problems for _ in range(6)]
+requests = [Request(prompt, 128) for prompt in prompts]
 seconds = tokens = 0
 for seed in range(-1, 5):  # -1: to warm up
     torch.manual_seed(max(seed, 0))
@@ -47,18 +50,15 @@ for seed in range(-1, 5):  # -1: to warm up
     if seed >= 0:
         seconds += time.perf_counter() - started
         tokens += sum(len(r.ids) for r in responses)
-print(json.dumps({"seconds": seconds, "tokens": tokens}))
+print(json.dumps(dict(seconds=seconds, tokens=tokens)))
 """
-CONTINUOUS = """
+CONTINUOUS = f"""
 import json, time
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 from plumbing.models import load_tokenizer, prompt_ids
-
-torch.set_num_threads(1)
-tokenizer, model = load_tokenizer("tiny"), AutoModelForCausalLM.from_pretrained("tiny", dtype=torch.float32)
-problems = [json.loads(line)["problem"] for line in open("tiny/train.jsonl")][:16]
-prompts = [prompt_ids(tokenizer, problem) for problem in problems for _ in range(6)]
+{PROMPTS}
+model = AutoModelForCausalLM.from_pretrained("tiny", dtype=torch.float32)
 special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 settings = GenerationConfig(do_sample=True, max_new_tokens=128, **special)
 for warming_up in (True, False):
@@ -66,7 +66,7 @@ for warming_up in (True, False):
     outputs = model.eval().generate_batch(prompts, generation_config=settings)
     seconds = time.perf_counter() - started
 tokens = sum(len(output.generated_tokens) for output in outputs.values())
-print(json.dumps({"seconds": seconds, "tokens": tokens}))
+print(json.dumps(dict(seconds=seconds, tokens=tokens)))
 """
 
 # Burns a core, and ends with the process that started it, however that ends.

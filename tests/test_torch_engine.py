@@ -8,10 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY, check_budgets
-from helpers import one_sentence
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig, Phi3Config, Qwen2Config
+from helpers import CONFIGS, one_sentence, random_model
 
-from plumbing.models import load_model, load_tokenizer, prompt_ids
+from plumbing.models import ATTENTION, load_model, load_tokenizer, prompt_ids
 from plumbing.nouns import Request
 from plumbing.torch_engine import TorchEngine
 
@@ -67,31 +66,13 @@ def test_greedy_equals_argmax_loop(engine, model, prompts):
         torch.testing.assert_close(torch.tensor(response.logps), expected, atol=1e-4, rtol=0)
 
 
-SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=60, bos_token_id=1)
-SMALL |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, eos_token_id=None, pad_token_id=0)
-HYBRID = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"])
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        Qwen2Config(**SMALL),  # its projections have biases
-        Qwen2Config(**SMALL, use_sliding_window=True, **HYBRID),
-        MistralConfig(**SMALL, sliding_window=5),
-        Gemma3TextConfig(**SMALL, **HYBRID, query_pre_attn_scalar=8),
-        Phi3Config(**SMALL),
-    ],
-    ids=lambda config: f"{config.model_type}, window {config.sliding_window}",
-)
+@pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
-def test_any_decoder_generates_as_transformers_does(config, tmp_path):
+def test_any_decoder_generates_as_transformers_does(name):
     """Greedy, for prompts of several lengths, one of them twice, budgets that end at several times, and
     responses longer than a sliding window and than the room in the cache. Log-probs by a fresh pass."""
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model = load_model(str(tmp_path))
-    for parameter in model.parameters():
-        parameter.mul_(3)  # so that the tokens are not all alike
+    model = random_model(name, attention=ATTENTION)
+    model.generation_config.eos_token_id = None  # so that budgets alone end the responses
     prompts = [[2, 3, 4], [5] * 9, list(range(10, 27)), [2, 3, 4], [7, 8]]
     budgets = [100, 3, 90, 41, 17]
     engine = TorchEngine(model, SimpleNamespace(eos_token_id=None))
