@@ -155,9 +155,9 @@ def attention_to_steps(query, key, step_ids, n_steps: int, reduce: Callable, mas
     attended (B, Q, L, K) fp32, each token's attention summed over step k's tokens, for K steps k; returns (B,
     Q, ..., K).
 
-    Fused kernels want values as wide as keys, so K <= d steps go at a time. Keys are expanded, not copied,
-    for the Q heads that share one; `enable_gqa` would end, without flash attention, in the kernel that writes
-    L x L.
+    Fused kernels want values as wide as keys, so K <= d steps go at a time. On a GPU that is flash attention
+    in bf16, the memory-efficient kernel in fp32 or with a mask. Keys are expanded for the Q heads that share
+    one, and copied only if autocast must cast them; `enable_gqa` may end in the kernel that writes L x L.
     """
     Q, d = query.shape[1] // key.shape[1], query.shape[-1]
     chunks = []

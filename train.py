@@ -86,7 +86,7 @@ PRESETS = {
     | dict(max_batch_size=36, target_sequences=180, minibatch_sequences=96, lr=4e-4, token_budget=400_000)
     | dict(train_data=str(HERE / "tiny/train.jsonl"), test_data=[str(HERE / "tiny/test.jsonl")])
     | dict(eval_every=10, save_every=20, gradient_checkpointing=False)
-    | dict(engine="torch", threads=1, microbatch_tokens=4096, eval_problems=400),
+    | dict(engine="torch", threads=1, microbatch_tokens=4096, logit_chunk=512, eval_problems=400),
     "tiny grpo": dict(batch_size=6),  # of 30 responses each: about as many tokens as a step of a tree
 }
 

@@ -174,11 +174,8 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """The checkpoint's state.json, once every file is known to be as it was written. Raises InputError.
-
-    No falling back to the checkpoint before: a file that changed on the disk is something to know about,
-    not to step over.
-    """
+    """The checkpoint's state.json, once every file is known to be as it was written. Raises InputError: one
+    that changed on the disk is something to know about, and no reason to take the checkpoint before."""
     try:
         name = "digests.json"
         digests = json.loads((checkpoint / name).read_text())

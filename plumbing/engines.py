@@ -5,8 +5,7 @@ and `close()`.
 """
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -46,16 +45,7 @@ def check_engine(machine: MachineConfig) -> None:
         raise ValueError(f"tensor_parallel={machine.tensor_parallel} {needed}")
 
 
-def make_engine(
-    machine: MachineConfig,
-    model_name: str,
-    tokenizer,
-    model=None,
-    *,
-    max_tokens: int,
-    seed: int = 0,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
-):
+def make_engine(machine, model_name, tokenizer, model=None, *, max_tokens, seed=0, autocast=nullcontext):
     """The engine that `resolve_engine(machine.engine)` says, which is printed to stderr.
 
     model, autocast: what the torch engine samples from, and in which context; without a model it loads

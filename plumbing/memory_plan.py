@@ -47,18 +47,11 @@ def shape_of(model: str) -> Shape:
     text = config.get_text_config()
     linear = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Linear))
     heads, layers, head = text.num_attention_heads, text.num_hidden_layers, net.get_output_embeddings()
-    return Shape(
-        parameters=net.num_parameters(),
-        linear=linear,
-        layer=(linear - head.weight.numel()) // layers,
-        layers=layers,
-        width=text.hidden_size,
-        mlp=text.intermediate_size,
-        heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        vocabulary=text.vocab_size,
-    )
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    counts = dict(parameters=net.num_parameters(), linear=linear, vocabulary=text.vocab_size)
+    counts |= dict(layer=(linear - head.weight.numel()) // layers, layers=layers, width=text.hidden_size)
+    return Shape(**counts, mlp=text.intermediate_size, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
 
 
 # --- Parts ------------------------------------------------------------------------------------------------
@@ -142,6 +135,18 @@ def kv_token(s: Shape, bytes_each: int = BF16) -> int:
     return 2 * s.layers * s.kv_heads * s.head_dim * bytes_each
 
 
+def vllm_cache(s: Shape, memory: float) -> int:
+    """What its weights leave for its cache of the memory that vLLM may use."""
+    return max(0, int(memory) - BF16 * s.parameters)
+
+
+def at_once(s: Shape, cache: int, longest: int) -> int:
+    """Responses that vLLM samples at once: twice what its cache holds at full length, since one under way has
+    half of that on average. Of more it would drop some, and read them again later. At most vLLM's own 1,024.
+    """
+    return min(1024, max(1, 2 * cache // (kv_token(s) * longest)))
+
+
 # --- The plan ---------------------------------------------------------------------------------------------
 
 PHASES = ["sample, score", "forward", "backward: logits", "backward: layers"]  # columns of the plan
@@ -185,7 +190,7 @@ def plan(s: Shape, run, method, card: float) -> dict[str, list[int]]:
     else:
         alive = (lambda size: [size, 0, 0, 0]) if run.engine_sleep else always
         rows["engine: weights, bf16"] = alive(BF16 * s.parameters)
-        rows["engine: cache"] = alive(max(0, int(run.gpu_memory * card) - BF16 * s.parameters))
+        rows["engine: cache"] = alive(vllm_cache(s, run.gpu_memory * card))
     return rows
 
 
@@ -205,10 +210,10 @@ def report(run, method) -> str:
             lines.append(f"{name:30s}" + "".join(f"{cell:>18s}" for cell in cells))
     longest = method.max_prompt_tokens + method.max_response_tokens
     if run.engine != "torch":
-        room = max(rows["engine: cache"]) // kv_token(s)
-        at_once = f"{room // longest} responses of {longest:,} tokens, prompts included, at once"
-        less = "less what vLLM takes for its own activations"
-        lines.append(f"cache: {kv_token(s):,} bytes per token, so {room:,} tokens, or {at_once}; {less}")
+        cache = max(rows["engine: cache"])
+        room, limit = cache // kv_token(s), at_once(s, cache, longest)
+        held = f"{room // longest} responses of {longest:,} tokens; {limit} are sampled at once"
+        lines.append(f"cache: {kv_token(s):,} bytes per token, so {room:,} tokens, or {held}")
     worst = totals.index(max(totals))
     left, peak = (card - totals[worst]) / 1e9, PHASES[worst]
     if left >= 0:

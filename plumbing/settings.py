@@ -38,7 +38,7 @@ class MachineConfig:
     autocast: Literal["auto", "none", "bfloat16"] = HfArg(default="auto", help="auto: bfloat16 on CUDA")
     gradient_checkpointing: bool = HfArg(default=True, help="recompute activations in backward: less memory")
     microbatch_tokens: int = HfArg(default=16384, help="rows x longest sequence of one forward pass")
-    logit_chunk: int = HfArg(default=512, help="tokens whose logits exist at once")
+    logit_chunk: int = HfArg(default=1024, help="tokens whose logits exist at once")
     max_skipped_updates: int = HfArg(default=3, help="updates in a row, not finite, that stop a run")
     threads: int = HfArg(default=0, help="CPU threads; 0: torch's choice")
     plan: bool = HfArg(default=False, help="print the GPU memory that is needed, and stop; loads no weights")

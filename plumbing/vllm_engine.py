@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from plumbing.memory_plan import at_once, shape_of, vllm_cache
 from plumbing.models import stop_ids
 from plumbing.nouns import Request, Response
 from plumbing.processes import full_weights, world_size
@@ -19,8 +20,7 @@ class VLLMEngine:
 
     max_tokens: longest prompt plus its budget. gpu_memory: share of each of n_gpus for weights and cache.
     sleep_mode: let `sleep` hand that share back until the next `load` (CUDA only). Raises ValueError in one
-    sentence if vLLM does not start. Continuations of one response share their prefix, so prefix caching
-    saves most of their prefill.
+    sentence if vLLM does not start. Prefix caching serves requests of one call that share a prefix.
     """
 
     def __init__(self, model_name, tokenizer, max_tokens, seed=0, gpu_memory=0.4, sleep_mode=False, n_gpus=1):
@@ -40,7 +40,13 @@ class VLLMEngine:
             sizes |= dict(tensor_parallel_size=n_gpus, distributed_executor_backend=launcher)
             ways = dict(skip_tokenizer_init=True, generation_config="vllm", enable_prefix_caching=True)
             ways |= dict(logprobs_mode="processed_logprobs", enable_sleep_mode=sleep_mode)
+            if torch.cuda.is_available():
+                shape, card = shape_of(model_name), torch.cuda.get_device_properties(0).total_memory
+                cache = vllm_cache(shape, gpu_memory * card * n_gpus)
+                sizes |= dict(max_num_seqs=at_once(shape, cache, max_tokens))
+            threads = torch.get_num_threads()
             self.llm = LLM(model_name, **sizes, **ways)
+            torch.set_num_threads(threads)  # vLLM may have set one, for the trainer, too
         except Exception as error:  # no memory, no device, an unknown model: each has its own kind
             reason = " ".join(str(error).split())[:300]
             what = f"vLLM does not start with {model_name!r} ({type(error).__name__}: {reason})"
@@ -55,7 +61,7 @@ class VLLMEngine:
         # vLLM draws from torch's random state or NumPy's: the former, which checkpoints keep, rules both.
         np.random.seed(torch.randint(2**31, ()).item())
         settings = dict(temperature=temperature, top_p=top_p, stop_token_ids=self.eos_ids)
-        settings |= dict(logprobs=0, detokenize=False)
+        settings |= dict(logprobs=0, flat_logprobs=True, detokenize=False)  # no dict for each token
         prompts = [{"prompt_token_ids": r.prompt_ids} for r in requests]
         budgets = [SamplingParams(max_tokens=r.max_new_tokens, **settings) for r in requests]
         try:
@@ -64,7 +70,8 @@ class VLLMEngine:
             raise RuntimeError(f"vLLM broke down ({type(error).__name__}: {error})") from error
         responses = []
         for sampled in (output.outputs[0] for output in outputs):
-            logps = [choices[token].logprob for token, choices in zip(sampled.token_ids, sampled.logprobs)]
+            flat = sampled.logprobs  # of each place, the sampled token comes first
+            logps = [flat.logprobs[start] for start in flat.start_indices]
             responses.append(Response(list(sampled.token_ids), logps, sampled.finish_reason))
         return responses
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 from helpers import one_sentence
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from plumbing.engines import check_engine, make_engine, resolve_engine
 from plumbing.settings import MachineConfig
@@ -45,6 +46,8 @@ def fake_vllm(monkeypatch):
     module.__version__, module.LLM = VLLM_VERSION, FakeLLM
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = types.SimpleNamespace(total_memory=80e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     return module
 
 
@@ -124,6 +127,37 @@ def test_vllm_is_asked_for_what_the_engine_needs(fake_vllm, tokenizer):
         enable_prefix_caching=True,
     )
     assert wanted.items() <= settings.items() and settings["logprobs_mode"] == "processed_logprobs"
+
+
+def test_vllm_samples_no_more_at_once_than_its_cache_holds(fake_vllm, tokenizer):
+    """`tiny` has 768 bytes of keys and values per token in bf16, and 0.5 MB of weights."""
+    config = AutoConfig.from_pretrained(TINY)
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    weights = 2 * sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    share = (weights + 10 * 300 * per_token) / 80e9  # room for 10 responses of full length
+    asked = lambda share, n_gpus=1: (
+        VLLMEngine(str(TINY), tokenizer, 300, 0, share, False, n_gpus).llm.settings
+    )
+    assert asked(share * 1.001)["max_num_seqs"] == 20  # half as long on average
+    assert asked(share / 2 * 1.001, n_gpus=2)["max_num_seqs"] == 20
+    assert asked(0.4)["max_num_seqs"] == 1024
+    assert asked(1e-9)["max_num_seqs"] == 1  # vLLM itself says that this is too little
+
+
+def test_vllm_leaves_the_trainer_its_threads(fake_vllm, tokenizer, monkeypatch):
+    class SingleThreaded(FakeLLM):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            torch.set_num_threads(1)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        fake_vllm.LLM = SingleThreaded
+        VLLMEngine(str(TINY), tokenizer, 256)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_sleep_mode_wakes_weights_then_pushes_then_wakes_the_cache(fake_vllm, model, tokenizer):

@@ -24,7 +24,7 @@ if torch.cuda.is_available():
     reason = "these tests compare engines in fp32, which VLLMEngine uses on CPUs only"
     pytest.skip(reason, allow_module_level=True)
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from plumbing.agreement import EngineMismatch, verify_sync
 from plumbing.models import load_model, load_tokenizer, prompt_ids
@@ -45,30 +45,28 @@ def start(directory) -> VLLMEngine:
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """A random Llama of other shapes, with weights large enough to have opinions."""
-    directory, tokenizer = tmp_path_factory.mktemp("llama"), load_tokenizer(str(TINY))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+def random_models(tmp_path_factory):
+    """Random models of other shapes, with weights large enough to have opinions: a Llama, and a Qwen2, which
+    has biases, tied embeddings here."""
+    tokenizer, directories = load_tokenizer(str(TINY)), {}
+    sizes = dict(hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=3)
+    sizes |= dict(num_key_value_heads=1, max_position_embeddings=512, vocab_size=len(tokenizer))
+    sizes |= dict(head_dim=32, initializer_range=0.2)
+    for name, kind, tied in (("llama", LlamaConfig, False), ("qwen2", Qwen2Config, True)):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(kind(**sizes, tie_word_embeddings=tied))
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                parameter.data.normal_(std=0.5)
+        directories[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(directories[name])
+        tokenizer.save_pretrained(directories[name])
+    return directories
 
 
-@pytest.fixture(params=["tiny", "llama"])
-def directory(request, llama):
-    return dict(tiny=TINY, llama=llama)[request.param]
+@pytest.fixture(params=["tiny", "llama", "qwen2"])
+def directory(request, random_models):
+    return {"tiny": TINY, **random_models}[request.param]
 
 
 @pytest.fixture
