@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument(
         "--width", type=int, default=32, help="of the hidden state; small keeps this affordable"
     )
-    parser.add_argument("--chunks", type=int, nargs="+", default=[256, MachineConfig().logit_chunk, 1024])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[256, 512, MachineConfig().logit_chunk])
     parser.add_argument("--direct_tokens", type=int, default=1024)
     # the program of the measuring processes: by, tokens, chunk
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
