@@ -59,6 +59,7 @@ class MethodConfig:
     branch_quantile: float = HfArg(default=0.2, help="rho, share of steps that are candidates")
     min_branch_gap: int = HfArg(default=512, help="tokens between branch points, per 8192 tokens of response")
     fci_delta: int = HfArg(default=4, help="Delta of Eq. 5, steps")
+    fci_later: Literal["sum", "mean", "window"] = HfArg(default="sum", help="of later steps; sum: Eq. 5")
     # adaptive sampling
     expansion: Literal["adaptive", "uniform"] = HfArg(default="adaptive", help="Eq. 9, or branch all")
     fci_filter: Literal["easy", "all", "drop_easy", "none"] = HfArg(default="easy", help="Eq. 8, sampler.py")

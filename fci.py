@@ -5,7 +5,6 @@
     FCI[k]        maximum of y[k] over all layers and heads                      (Eq. 6), in [0, T], unitless
 
 A step that many later steps attend to carries the reasoning, so AttnRL samples again from there (tree.py).
-If every later token attends to a step 3 of one token alone, FCI[3] is the number of steps from 3 + delta on.
 
 Dimensions: B sequences, L tokens, S = 1 + T steps (step 0 is the prompt), H query heads of width d, Q of
 which share a key.
@@ -18,8 +17,7 @@ which share a key.
     model(input_ids, step_hook=hook)     # the same pass yields logits; no second one is needed
     hook.fci()                           # (B, S)
 
-It works for every decoder that uses that interface, with grouped queries and sliding windows. Batches are
-right-padded and need no padding mask: causality hides the padding.
+It works for every decoder that uses that interface. Padding, on the right, is hidden by causality.
 
 **Without an L x L matrix.** Attention is linear in its values. Running fused attention with *step indicators*
 as values (column k is 1 on the tokens of step k) returns the summed attention of every token to every step.
@@ -96,13 +94,17 @@ class StepHook:
 
     step_ids: (B, L) long, 0 = prompt, 1..T = response steps, PADDING = padding.
     delta: distance in steps from which a later step counts (paper: 4).
+    later: "sum" over all that count (Eq. 5); not the paper's: their "mean", or the sum over a "window", the
+    first 1 + delta of them, so that being early is no advantage.
     """
 
-    def __init__(self, step_ids: torch.Tensor, delta: int = 4):
-        self.step_ids, self.delta = step_ids, delta
+    def __init__(self, step_ids: torch.Tensor, delta: int = 4, later: str = "sum"):
+        self.step_ids, self.delta, self.later = step_ids, delta, later
         self.n_steps = int(step_ids.max()) + 1
         self.sizes = step_sizes(step_ids, self.n_steps)  # (B, S)
         self.own_size = self.sizes.gather(1, step_ids.clamp(min=0))  # (B, L), of the step that a token is in
+        first = torch.arange(self.n_steps, device=step_ids.device) + delta  # (S,), step that counts for each
+        self.n_later = (step_ids.amax(1, keepdim=True) + 1 - first).clamp(min=1)  # (B, S)
         self.y: list[torch.Tensor] = []  # per layer, (B, H, S) fp32
 
     def add_layer(self, query, key, mask, scale) -> None:
@@ -110,18 +112,20 @@ class StepHook:
 
         def sum_over_later_steps(attended, k):  # (B, Q, L, K), (K,)
             is_later = self.step_ids[..., None] >= k + self.delta  # (B, L, K): tokens of steps j >= k + delta
+            if self.later == "window":
+                is_later &= self.step_ids[..., None] <= k + 2 * self.delta
             weights = is_later / self.own_size[..., None]  # 1 / |j|: the mean over the tokens of step j
             return attended.mul_(weights[:, None]).sum(dim=2)  # (B, Q, K); in place, it is the largest tensor
 
         y = attention_to_steps(query, key, self.step_ids, self.n_steps, sum_over_later_steps, mask, scale)
-        self.y.append(y / self.sizes[:, None])  # Eq. 4 and 5: 1 / |k| is the mean over the tokens of step k
+        y = y / self.sizes[:, None]  # Eq. 4 and 5: 1 / |k| is the mean over the tokens of step k
+        self.y.append(y / self.n_later[:, None] if self.later == "mean" else y)
 
     def fci(self) -> torch.Tensor:
         """FCI of every step, (B, S) fp32, after the forward pass. RuntimeError if no layer was seen."""
         if not self.y:
-            remedy = f"call model.set_attn_implementation({ATTENTION!r}) first, and use a model"
-            reason = "whose attention goes through transformers' AttentionInterface"
-            raise RuntimeError(f"no attention layer was seen: {remedy} {reason}")
+            remedy = f"use transformers' AttentionInterface, and set_attn_implementation({ATTENTION!r})"
+            raise RuntimeError(f"no attention layer was seen: {remedy}")
         return torch.cat(self.y, dim=1).amax(dim=1)  # Eq. 6: over all heads of all layers
 
 
@@ -134,10 +138,7 @@ def fci_of_response(fci, n_scored: int, n_steps: int) -> list[float]:
 
 
 def step_attention(query, key, step_ids, n_steps: int, mask=None, scale=None) -> torch.Tensor:
-    """alpha (B, H, S, S) of one layer (Eq. 4), fp32, to look at; FCI itself never forms it.
-
-    Row j depends on no token after step j. Weighted by the sizes of the attended steps, a row sums to 1.
-    """
+    """alpha (B, H, S, S) of one layer (Eq. 4), fp32, to look at; FCI itself never forms it."""
     sizes = step_sizes(step_ids, n_steps)[:, None]  # (B, 1, S)
     in_step = (step_ids[..., None] == torch.arange(n_steps, device=query.device)).float()  # (B, L, S)
 
@@ -175,8 +176,7 @@ def attention_to_steps(query, key, step_ids, n_steps: int, reduce: Callable, mas
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, step_hook=None, **kwargs):
-    """`sdpa_attention_forward` that shows queries and keys to `step_hook`. ValueError for soft-caps,
-    sinks."""
+    """`sdpa_attention_forward` that shows queries, keys to `step_hook`. ValueError for soft-caps, sinks."""
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         what = f"{type(module).__name__} caps its attention scores or has attention sinks"
         raise ValueError(f"{what}, which fused attention would silently drop")

@@ -1,8 +1,7 @@
 """Where to branch, and what a branch teaches: branch points, the tree, values and advantages.
 
-The tree of one problem. The root's children are the initial responses. A response with branch points p1 <
-p2 is cut into segments [0, p1), [p1, p2), [p2, end); a continuation sampled from p is a sibling of the
-segment that starts at p:
+The tree of one problem. The root's children are the initial responses, which branch points p1 < p2 cut into
+segments; a continuation sampled from p is a sibling of the segment that starts at p:
 
     root ─┬─ [0, p1) ─┬─ [p1, p2) ─┬─ [p2, end)        the initial response
           │           │            ├─ [p2, ...)        its continuations from p2
@@ -14,14 +13,12 @@ segment that starts at p:
     V(s) = mean correctness of the leaves below s                                                   (Eq. 2)
     A(s) = (V(s) - V(root) + V(s) - V(parent(s))) / sqrt(number of leaves below s)                  (Eq. 3)
 
-Every token of a segment has its segment's advantage, and every leaf is one training sequence from root to
-leaf.
+Every token has its segment's advantage, and every leaf is one training sequence, from root to leaf.
 
 From the released code, not the paper: the distance `gap` between branch points, and the fall-back to the
 earliest steps. Unlike the released code, initial responses that were not branched are kept.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,18 +49,20 @@ def fci_candidates(fci: np.ndarray, quantile: float) -> np.ndarray:
     return np.flatnonzero((fci >= np.quantile(fci, 1 - quantile)) & (fci > 0))  # Eq. 7
 
 
-# A rule returns token positions of one response, the best first; `branch_points` takes as many as it may.
-# quantile: rho, the share of steps that are candidates.
-
-
 def by_fci(response: Measured, quantile: float, rng) -> list[int]:
-    """ATB: the starts of the candidates of Eq. 7, the earliest first."""
-    return [response.starts[k] for k in fci_candidates(response.fci, quantile)]
+    """ATB: starts of the candidates of Eq. 7, the earliest first; where they run out, the earliest steps."""
+    return [response.starts[k] for k in fci_candidates(response.fci, quantile)] + response.starts
 
 
 def by_entropy(response: Measured, quantile: float, rng) -> list[int]:
     """TreeRL: the most uncertain tokens; ties by position."""
     return np.argsort(-response.entropies, kind="stable").tolist()
+
+
+def by_sentence_entropy(response: Measured, quantile: float, rng) -> list[int]:
+    """DATPO (arXiv:2609.08650): the steps whose tokens are the most uncertain on average."""
+    means = [tokens.mean() for tokens in np.split(response.entropies, response.starts[1:])]
+    return [response.starts[k] for k in np.argsort(np.negative(means), kind="stable")]
 
 
 def at_random(response: Measured, quantile: float, rng: np.random.Generator) -> list[int]:
@@ -76,21 +75,22 @@ def earliest(response: Measured, quantile: float, rng) -> list[int]:
     return response.starts
 
 
-RULES = {  # by the value of `--branching`
-    "fci": by_fci,
-    "entropy": by_entropy,
-    "random": at_random,
-    "earliest": earliest,
-}
+def late(response: Measured, quantile: float, rng: np.random.Generator) -> list[int]:
+    """DEEP-GRPO (arXiv:2602.14169): in wrong responses only, step k of T with weight (k / T)^2."""
+    weights = np.arange(1, len(response.starts) + 1) ** 2
+    drawn = rng.choice(response.starts, len(weights), replace=False, p=weights / weights.sum())
+    return drawn.tolist() if response.reward < 0.5 else []
+
+
+RULES = dict(fci=by_fci, entropy=by_entropy, sentence_entropy=by_sentence_entropy)  # for `--branching`
+RULES |= dict(random=at_random, earliest=earliest, late=late)
 
 
 def branch_points(rule: str, response: Measured, n: int, quantile: float, gap: int, rng) -> list[int]:
     """Up to `n` token positions of one response from which to sample again, ascending.
 
-    These are the positions that the rule prefers; where they run out, the earliest steps. All rules obey:
-    never token 0, nothing from the step with the last `</think>` on, and at least `gap` tokens between each
-    other and from the response's start. gap is meant for a response of `REFERENCE_LENGTH` tokens; shorter
-    ones scale it.
+    Of those that the rule returns, the best first, it takes none that is token 0, in or after the step with
+    the last `</think>`, or within `gap` tokens of another one or of the start. quantile: rho of Eq. 7.
 
     >>> response = Measured(["…"] * 5, [0, 9, 18, 27, 36], np.array([0, 1, 5, 2, 9.0]), np.zeros(45), 1.0, 5)
     >>> branch_points("fci", response, n=2, quantile=0.4, gap=0, rng=np.random.default_rng(0))
@@ -100,7 +100,7 @@ def branch_points(rule: str, response: Measured, n: int, quantile: float, gap: i
     end = [*response.starts, length][response.n_branchable]
     gap = max(1, gap * min(length, REFERENCE_LENGTH) // REFERENCE_LENGTH)
     points: list[int] = []
-    for position in [*RULES[rule](response, quantile, rng), *response.starts]:
+    for position in RULES[rule](response, quantile, rng):
         if len(points) < n and position < end and all(abs(position - p) >= gap for p in [0, *points]):
             points.append(position)
     return sorted(points)
@@ -142,7 +142,7 @@ class Segment:
         self.children.append(Segment(self, start, end))
         return self.children[-1]
 
-    def walk(self) -> Iterator["Segment"]:
+    def walk(self):
         """All segments below this one."""
         for child in self.children:
             yield child

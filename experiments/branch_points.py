@@ -73,9 +73,9 @@ def main() -> None:
 
     n_steps = sum(shares["all steps"].values())
     print(f"{args.model}: {len(fresh)} responses, {n_steps / len(fresh):.1f} steps each")
-    print(f"{'':10s}" + "".join(f"{kind:>10s}" for kind in KINDS))
+    print(f"{'':16s}" + "".join(f"{kind:>10s}" for kind in KINDS))
     for rule, counts in shares.items():
-        print(f"{rule:10s}" + "".join(f"{counts[kind] / sum(counts.values()):10.1%}" for kind in KINDS))
+        print(f"{rule:16s}" + "".join(f"{counts[kind] / sum(counts.values()):10.1%}" for kind in KINDS))
     print(f"correlation of FCI with the step's position, mean over responses: {np.mean(correlations):+.2f}")
 
 

@@ -17,6 +17,7 @@ import sys
 import textwrap
 import unicodedata
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from attnrl import MethodConfig, Rollout
-from fci import fci_of_response, step_ids_of
+from fci import StepHook, fci_of_response, step_ids_of
 from plumbing.learner import Learner
 from plumbing.models import context_length, load_model, load_tokenizer, prompt_ids
 from plumbing.nouns import Request, Sequence
@@ -214,8 +215,9 @@ def run(args: argparse.Namespace) -> None:
         has = f"the prompt has {len(prompt)} tokens, the model's context {context}"
         raise ValueError(f"{has}: shorten the problem")
     model, cfg = load_model(args.model), MethodConfig()
-    constants = dict(temperature=cfg.temperature, fci_delta=cfg.fci_delta)
-    learner = Learner(model, None, None, MachineConfig(autocast="none"), **constants)
+    hook = partial(StepHook, delta=cfg.fci_delta, later=cfg.fci_later)
+    machine = MachineConfig(autocast="none")
+    learner = Learner(model, None, None, machine, temperature=cfg.temperature, hook=hook)
     torch.manual_seed(args.seed)
     response = read_response(args, tokenizer, model, prompt, context)
     s = score(learner, tokenizer, prompt, response, cfg)

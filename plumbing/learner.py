@@ -88,14 +88,14 @@ class Learner:
     """Scores and trains `model`, in place.
 
     reference: frozen copy of the initial model, or None for losses that need none. temperature: of all
-    log-probabilities. fci_delta: Delta of Eq. 5. grad_clip: largest gradient norm. Raises ValueError for a
+    log-probabilities. hook(step_ids) measures FCI. grad_clip: largest gradient norm. Raises ValueError for a
     model that cannot be scored.
     """
 
-    def __init__(self, model, reference, optimizer, machine, *, temperature=1.0, fci_delta=4, grad_clip=1.0):
+    def __init__(self, model, reference, optimizer, machine, *, temperature=1, hook=StepHook, grad_clip=1.0):
         check_model(model)
         self.model, self.reference, self.optimizer, self.machine = model, reference, optimizer, machine
-        self.temperature, self.fci_delta, self.grad_clip = temperature, fci_delta, grad_clip
+        self.temperature, self.hook, self.grad_clip = temperature, hook, grad_clip
         self.autocast_dtype = autocast_dtype(machine)
         self.skipped_in_a_row = 0  # updates, across steps and checkpoints
 
@@ -120,7 +120,7 @@ class Learner:
             lengths, nothing, hook = [len(s.response_ids) for s in batch], [None] * len(batch), None
             if batch[0].step_ids is not None:
                 step_ids = collate([s.step_ids for s in batch], PADDING, self.model.device)
-                hook = StepHook(step_ids, self.fci_delta)
+                hook = self.hook(step_ids)
             with self.autocast():
                 logps, entropies = self.logps(self.model, batch, hook, with_entropy)
             of_rows = logps.cpu().split(lengths), entropies.cpu().split(lengths) if with_entropy else nothing
@@ -197,5 +197,6 @@ def make_learner(run, method, weights: str) -> Learner:
         shard(each)
     fused = torch.cuda.is_available()  # makes no copy of the state
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=run.weight_decay, fused=fused)
-    constants = dict(temperature=method.temperature, fci_delta=method.fci_delta, grad_clip=method.grad_clip)
+    hook = functools.partial(StepHook, delta=method.fci_delta, later=method.fci_later)
+    constants = dict(temperature=method.temperature, hook=hook, grad_clip=method.grad_clip)
     return Learner(model, reference, optimizer, run, **constants)

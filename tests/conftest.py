@@ -1,5 +1,6 @@
 """Shared by all tests: the embedded reasoner, and what makes a small trainer of it."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from attnrl import AttnRL, MethodConfig, Problem
 from eval import grade
+from fci import StepHook
 from plumbing.grader import Grader
 from plumbing.learner import Learner
 from plumbing.logs import Clock, step_metrics
@@ -96,7 +98,8 @@ def make_trainer(model, tokenizer, *, rule=grade, lr=1e-3, machine=None, **field
     """AttnRL on one process with a CountingEngine; torch's seed is set. fields: of MethodConfig."""
     cfg = MethodConfig(**SMALL | fields)
     reference = load_model(str(TINY)).requires_grad_(False) if cfg.kl_coef else None
-    constants = dict(temperature=cfg.temperature, fci_delta=cfg.fci_delta, grad_clip=cfg.grad_clip)
+    hook = partial(StepHook, delta=cfg.fci_delta, later=cfg.fci_later)
+    constants = dict(temperature=cfg.temperature, hook=hook, grad_clip=cfg.grad_clip)
     learner = make_learner(model, reference, lr=lr, machine=machine, **constants)
     engine = CountingEngine(model, tokenizer, autocast=learner.autocast)
     torch.manual_seed(0)

@@ -486,7 +486,7 @@ def test_each_experiment_says_what_it_takes(name, monkeypatch, capsys):
 def test_branch_points_has_a_row_for_every_rule(monkeypatch, capsys):
     """Rules of tree.py, each with shares of 100 %."""
     lines = printed_by(monkeypatch, capsys, "branch_points", "--problems", "12").splitlines()
-    rows = {line[:10].strip(): re.findall(r"([0-9.]+)%", line) for line in lines[2:-1]}
+    rows = {line[:16].strip(): re.findall(r"([0-9.]+)%", line) for line in lines[2:-1]}
     assert list(rows) == ["all steps", *RULES]
     assert all(abs(sum(map(float, shares)) - 100) < 0.3 for shares in rows.values())
 

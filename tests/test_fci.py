@@ -30,28 +30,32 @@ KEY_HEADS = {"mistral, sliding": 4, "qwen2": 2, "llama, grouped queries": 1}
 
 
 @torch.no_grad()
-def naive_y(model, ids, step_ids, delta):
-    """Eq. 4 and 5 as written, from materialised attention: (heads of all layers, S)."""
+def naive_y(model, ids, step_ids, delta, later="sum"):
+    """Eq. 4 and 5 as written, or their variants, from materialised attention: (heads of all layers, S)."""
     attentions = model(torch.tensor([ids]), output_attentions=True).attentions
     A = torch.cat([layer[0] for layer in attentions]).float().numpy()  # (heads of all layers, L, L)
     step_ids = np.array(step_ids)
     S = step_ids.max() + 1
     y = np.zeros((len(A), S))
     for k in range(S):
-        for j in range(k + delta, S):
-            y[:, k] += A[:, step_ids == j][:, :, step_ids == k].mean((1, 2))
+        last = k + 2 * delta if later == "window" else S - 1
+        terms = [
+            A[:, step_ids == j][:, :, step_ids == k].mean((1, 2)) for j in range(k + delta, S) if j <= last
+        ]
+        if terms:
+            y[:, k] = np.mean(terms, 0) if later == "mean" else np.sum(terms, 0)
     return torch.tensor(y, dtype=torch.float32)
 
 
-def naive_fci(model, ids, step_ids, delta):
+def naive_fci(model, ids, step_ids, delta, later="sum"):
     """Eq. 4-6 as written: (S,)."""
-    return naive_y(model, ids, step_ids, delta).amax(0)  # Eq. 6
+    return naive_y(model, ids, step_ids, delta, later).amax(0)  # Eq. 6
 
 
 @torch.no_grad()
-def batched_fci(model, rows, step_ids, delta=4):
+def batched_fci(model, rows, step_ids, delta=4, later="sum"):
     """As `Learner.score`: right-padded, no padding mask."""
-    hook = StepHook(collate(step_ids, PADDING, "cpu"), delta)
+    hook = StepHook(collate(step_ids, PADDING, "cpu"), delta, later)
     model.base_model(input_ids=collate(rows, 0, "cpu"), use_cache=False, step_hook=hook)
     return hook.fci()
 
@@ -87,8 +91,8 @@ def random_qk(L, d=8, heads=4, kv_heads=2, seed=0, sharpness=2.0):
 
 @pytest.mark.holds_the_paper("Eq. 6")
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("delta", [1, 4])
-def test_batch_equals_naive_single_runs(name, delta):
+@pytest.mark.parametrize(("delta", "later"), [(1, "sum"), (4, "sum"), (4, "mean"), (2, "window")])
+def test_batch_equals_naive_single_runs(name, delta, later):
     """Every row of a right-padded batch equals the un-padded double loop; more steps than a head is wide,
     spans of one token."""
     generator = torch.Generator().manual_seed(7 * delta)
@@ -99,10 +103,10 @@ def test_batch_equals_naive_single_runs(name, delta):
         prompt = 1 + int(torch.randint(5, (1,), generator=generator))
         step_ids.append(step_ids_of(prompt, random_steps(n_steps, generator)))
         rows.append(random_ids(len(step_ids[-1]), generator))
-    values = batched_fci(model, rows, step_ids, delta)
+    values = batched_fci(model, rows, step_ids, delta, later)
     model.set_attn_implementation("eager")
     for row, ids, steps in zip(values, rows, step_ids):
-        expected = naive_fci(model, ids, steps, delta)
+        expected = naive_fci(model, ids, steps, delta, later)
         torch.testing.assert_close(row[: len(expected)], expected, atol=1e-5, rtol=0)
         assert not row[len(expected) :].any()  # steps that this row does not have
     assert (values > 0.05).any()

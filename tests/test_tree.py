@@ -240,13 +240,23 @@ def test_group_advantages():
 
 
 def points(
-    rule, starts, fci=None, entropies=None, length=100, n=2, quantile=0.2, gap=0, seed=0, n_branchable=None
+    rule,
+    starts,
+    fci=None,
+    entropies=None,
+    length=100,
+    n=2,
+    quantile=0.2,
+    gap=0,
+    seed=0,
+    n_branchable=None,
+    reward=0.0,
 ):
     """n_branchable: all steps, if it is not given."""
     fci = np.zeros(len(starts)) if fci is None else np.array(fci, dtype=float)
     entropies = np.zeros(length) if entropies is None else np.array(entropies, dtype=float)
     n_branchable = len(starts) if n_branchable is None else n_branchable
-    response = Measured(["…"] * len(starts), starts, fci, entropies, 1.0, n_branchable)
+    response = Measured(["…"] * len(starts), starts, fci, entropies, reward, n_branchable)
     return branch_points(rule, response, n, quantile, gap, np.random.default_rng(seed))
 
 
@@ -325,7 +335,7 @@ def test_branch_point_laws(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_nothing_from_the_last_think_end_on(rule):
-    """The cut holds for the rule's own choice and for the fall-back: steps 0-2 may be branched, the later
+    """The cut holds for every rule, the fall-back of FCI included: steps 0-2 may be branched, the later
     ones have all the FCI and all the entropy, and are many."""
     starts, fci = TENS, [0, 0, 0, 5, 6, 7, 8, 9, 9, 9, 9]
     entropies = [0.0] * 30 + [9.0] * 80
@@ -351,12 +361,11 @@ def test_gap_holds_for_every_rule(rule):
         chosen = points(rule, starts, fci, entropies, n=5, gap=512, quantile=1.0, seed=seed)
         assert len(chosen) == 5 and all(b - a >= 512 for a, b in zip([0, *chosen], chosen))
     close = points(rule, starts, fci, entropies, n=5, gap=0, quantile=1.0)
-    assert rule == "random" or min(np.diff([0, *close])) < 512
+    assert rule in ("random", "late") or min(np.diff([0, *close])) < 512
 
 
 def test_a_new_rule_is_a_function_and_its_name(monkeypatch):
-    """A rule in RULES is served by `branch_points` with N, gap, cut and fall-back, and accepted by the
-    settings."""
+    """A rule in RULES is served by `branch_points` with N, gap and cut, and accepted by the settings."""
     seen = []
 
     def longest_steps(response, quantile, rng):
@@ -371,7 +380,7 @@ def test_a_new_rule_is_a_function_and_its_name(monkeypatch):
     assert points("longest", starts, n=2, quantile=0.7, n_branchable=4) == [10, 15]  # 0 never; 10 before 40
     assert points("longest", starts, n=2, n_branchable=4, gap=8192 * 20 // 100) == [40]
     monkeypatch.setitem(RULES, "none_of_them", lambda response, quantile, rng: [])
-    assert points("none_of_them", starts, n=3) == [10, 15, 40]  # the earliest steps
+    assert points("none_of_them", starts, n=3) == []
     response, quantile, rng = seen[1]
     assert response.starts == starts and response.n_branchable == 4 and quantile == 0.7
     assert isinstance(rng, np.random.Generator)
@@ -432,6 +441,26 @@ def test_random_depends_on_the_generator_alone():
 
 def test_earliest():
     assert points("earliest", [0, 10, 20, 30], [0, 0, 0, 9], n=2) == [10, 20]
+
+
+def test_sentence_entropy_by_hand():
+    """Steps of 2, 1, 3 and 2 tokens with means 4, 1, 2 and 2: never the first; ties by position."""
+    entropies = [8, 0, 1, 6, 0, 0, 2, 2]
+    assert points("sentence_entropy", [0, 2, 3, 6], entropies=entropies, n=1) == [3]
+    assert points("sentence_entropy", [0, 2, 3, 6], entropies=entropies, n=2) == [3, 6]
+    assert points("sentence_entropy", [0, 2, 3, 6], entropies=entropies, n=3) == [2, 3, 6]
+
+
+def test_late_draws_steps_of_wrong_responses_by_the_square_of_their_place():
+    """One point among the steps 2, 3 and 4 of 4: chances of 4, 9 and 16 in 29 (step 1 is passed over, and
+    passing it over leaves the others' odds)."""
+    starts, n = [0, 10, 20, 30], 3000
+    drawn = [points("late", starts, n=1, seed=seed) for seed in range(n)]
+    for start, weight in zip(starts[1:], (4, 9, 16)):
+        p = weight / 29
+        assert drawn.count([start]) / n == pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5)
+    assert points("late", starts, n=3) == [10, 20, 30]
+    assert points("late", starts, n=3, reward=1.0) == []
 
 
 def test_unknown_rule_raises():
