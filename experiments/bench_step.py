@@ -52,10 +52,10 @@ def seconds(function, *args) -> float:
     return now() - started
 
 
-def matmul_peak(device, dtype) -> float:
+def matmul_peak(device, dtype, size: int = MATMUL) -> float:
     """FLOP/s of a square product, the best of five."""
-    a = torch.randn(MATMUL, MATMUL, device=device, dtype=dtype)
-    return 2 * MATMUL**3 / min(seconds(torch.mm, a, a) for _ in range(5))
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / min(seconds(torch.mm, a, a) for _ in range(5))
 
 
 def forward_flops(shape, lengths: list[int]) -> float:
