@@ -249,7 +249,8 @@ def check_bf16(s: Setting):
 
     learner = make_learner(s, microbatch_tokens=s.lengths[1])  # fp32 may take kernels that need more memory
     batch, scores = [make_sequence(s, s.lengths[1]) for _ in range(8)], []
-    for learner.autocast_dtype in (None, torch.bfloat16):
+    for dtype in (None, torch.bfloat16):
+        learner.autocast_dtype = dtype
         scores.append(learner.score(batch, with_entropy=True))
     pairs = list(zip(*scores))  # of each sequence, (in fp32, in bf16)
     nats = mismatch([a.logps - b.logps for a, b in pairs])["engine_gap_mean"]
