@@ -400,7 +400,7 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=policies, help="directories of models")
     parser.add_argument("--names", nargs="+", default=["base", "halfway", "end"], help="of the policies")
     parser.add_argument("--batches", type=int, default=40)
-    parser.add_argument("--tokens", type=int, default=30_000, help="generated per batch, on average")
+    parser.add_argument("--tokens", type=int, default=15_000, help="generated per batch, on average")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/gradients"))
     parser.add_argument("--report", action="store_true", help="measure nothing")
