@@ -61,7 +61,7 @@ ROWS = {  # all but the first three are AttnRL, by default with a branching rule
 FOUR = ["GRPO 30", "random", "FCI", "oracle"]
 MAKE = {  # flags of tiny/make.py
     "few": "--n_train 64",
-    "hard": "--n_train 1000 --hardest 0.15 --samples 32",
+    "hard": "--n_train 1000 --n_test 400 --hardest 0.15 --samples 32",
 }
 WORLDS = {"default": list(ROWS), "few": FOUR, "hard": FOUR}  # and the rows of each
 KEPT = {"summary.json", "metrics.jsonl", "rollouts.jsonl", "config.json"}

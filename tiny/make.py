@@ -1,6 +1,8 @@
 """Build the embedded reasoner: its world, tokenizer, problems and warm-started weights.
 
     python tiny/make.py            # rebuilds everything in this folder from one seed
+    python tiny/make.py --base tiny --out few --n_train 64                 # problems alone: few of the same
+    python tiny/make.py --base tiny --out hard --n_train 1000 --n_test 400 --hardest 0.15    # and hard ones
 
 **The world.** A problem is a chain of variables modulo 7, `a=3, b=a+2, c=b*4, …, find k.` and a
 solution computes one variable per step. Three kinds of step, mixed, as in natural chains of thought:
@@ -23,17 +25,21 @@ import argparse
 import json
 import random
 import re
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
+
 MOD = 7
 LABELS = "abcdefghijklm"
 MIN_STEPS, MAX_STEPS = 9, 12  # computed variables a problem
 MIN_DISTANCE = 4  # variables between a pivotal step and the steps that copy it
 N_TRAIN, N_TEST = 4000, 1000  # problems
+N_SCREEN = 4  # samples that choose which problems may be hard
 P_FILLER = 0.45  # probability that a filler step precedes a computed one
 P_WAIT = 0.1  # probability that the teacher notices a wrong result
 P_FACT_WRONG = 1 / 3  # share of bad facts
@@ -271,6 +277,45 @@ def warm_start(
             )
 
 
+def fresh_problems(rng: random.Random, count: int, known: dict[str, str]) -> dict[str, str]:
+    """Answers of `count` problems by their texts, none of them known."""
+    found = {}
+    while len(found) < count:
+        problem = make_problem(rng)
+        if problem.text not in known:
+            found[problem.text] = str(list(problem.values().values())[-1])
+    return found
+
+
+def hard_problems(
+    rng: random.Random, count: int, base: Path, below: float, samples: int, seed: int
+) -> dict[str, str]:
+    """`count` problems of which the model in `base` solves less than a share `below` of so many samples.
+
+    Problems that it solves in any of N_SCREEN samples are left out before that, to save time: of those near
+    the limit that loses some. The samples that decide are fresh ones, all at temperature 1.
+    """
+    sys.path.insert(0, str(ROOT))
+    from eval import evaluate
+    from plumbing.models import load_model, load_tokenizer
+    from plumbing.torch_engine import TorchEngine
+
+    tokenizer, kept, tried = load_tokenizer(str(base)), {}, {}
+    engine = TorchEngine(load_model(str(base)), tokenizer)
+    torch.manual_seed(seed)
+    while len(kept) < count:
+        candidates = fresh_problems(rng, count, tried)
+        tried |= candidates
+        for n, limit in [(N_SCREEN, 1 / N_SCREEN), (samples, below)]:
+            rows = [{"problem": text, "answers": [answer]} for text, answer in candidates.items()]
+            how = dict(samples=n, temperature=1.0, budget=lambda n_prompt: 128)
+            solved = evaluate(engine, tokenizer, rows, **how)["per_problem"] if rows else []
+            candidates = {text: a for (text, a), share in zip(candidates.items(), solved) if share < limit}
+        kept |= candidates
+        print(f"{len(kept)} of {len(tried)} problems are hard", flush=True)
+    return dict(list(kept.items())[:count])
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -278,23 +323,33 @@ def main():
     here = Path(__file__).parent
     parser.add_argument("--out", type=Path, default=here)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--base", type=Path, help="write problems alone, for the model in this folder")
+    parser.add_argument("--n_train", type=int, default=N_TRAIN, help="training problems")
+    parser.add_argument("--n_test", type=int, default=N_TEST, help="held-out problems")
+    which = "with --base: only problems that it solves in less than this share of the samples"
+    parser.add_argument("--hardest", type=float, help=which)
+    parser.add_argument("--samples", type=int, default=32, help="of each problem, for --hardest")
     args = parser.parse_args()
+    if args.hardest and not args.base:
+        parser.error("--hardest needs --base, the model that finds them hard")
 
     torch.set_num_threads(1)  # the same sums in the same order on every machine
     args.out.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(args.seed + 1)
+    if args.hardest:
+        how = dict(base=args.base, below=args.hardest, samples=args.samples, seed=args.seed)
+        problems = hard_problems(rng, args.n_train + args.n_test, **how)
+    else:  # fewer training problems are the first of them, and the held-out ones stay
+        problems = fresh_problems(rng, max(args.n_train, N_TRAIN) + args.n_test, {})
+    rows = [json.dumps({"problem": text, "answer": answer}) for text, answer in problems.items()]
+    (args.out / "train.jsonl").write_text("\n".join(rows[: args.n_train]) + "\n")
+    (args.out / "test.jsonl").write_text("\n".join(rows[-args.n_test :]) + "\n")
+    if args.base:
+        return print(f"wrote train.jsonl and test.jsonl to {args.out}")
+
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, args.seed)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary")
-
-    rng = random.Random(args.seed + 1)
-    problems = {}
-    while len(problems) < N_TRAIN + N_TEST:
-        problem = make_problem(rng)
-        problems[problem.text] = str(list(problem.values().values())[-1])
-    rows = [json.dumps({"problem": text, "answer": answer}) for text, answer in problems.items()]
-    (args.out / "train.jsonl").write_text("\n".join(rows[:N_TRAIN]) + "\n")
-    (args.out / "test.jsonl").write_text("\n".join(rows[N_TRAIN:]) + "\n")
-
     warm_start(model, tokenizer, args.seed)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
