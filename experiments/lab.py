@@ -65,6 +65,7 @@ MAKE = {  # flags of tiny/make.py
 }
 WORLDS = {"default": list(ROWS), "few": FOUR, "hard": FOUR}  # and the rows of each
 KEPT = {"summary.json", "metrics.jsonl", "rollouts.jsonl", "config.json"}
+SAVE_EVERY = 5  # steps
 KINDS = ["pivotal", "local", "filler", "wait"]
 
 
@@ -77,9 +78,9 @@ def oracle(response: Measured, quantile: float, rng) -> list[int]:
 # --- One run ----------------------------------------------------------------------------------------------
 
 
-def flags_of(world: str, row: str, seed: int, args: argparse.Namespace) -> list[str]:
+def flags_of(row: str, seed: int, args: argparse.Namespace) -> list[str]:
     """Flags of train.py, apart from those that name directories."""
-    every = ["--eval_every", "1" if row == "no adaptive sampling" else "2", "--save_every", "5"]
+    every = ["--eval_every", "1" if row == "no adaptive sampling" else "2", "--save_every", str(SAVE_EVERY)]
     budget = ["--token_budget", str(args.token_budget), "--eval_problems", str(args.problems)]
     return [*ROWS[row].split(), "--seed", str(seed), *every, *budget]
 
@@ -91,7 +92,7 @@ def directory(world: str, row: str, seed: int, out: Path) -> Path:
 def run(world: str, row: str, seed: int, args: argparse.Namespace) -> None:
     """Train, evaluate and write summary.json, in this process. What is there already is not done again."""
     RULES["oracle"] = oracle
-    out, flags = directory(world, row, seed, args.out), flags_of(world, row, seed, args)
+    out, flags = directory(world, row, seed, args.out), flags_of(row, seed, args)
     places = ["--output_dir", str(out), "--threads", "1", "--preset", "tiny"]
     if world in MAKE:
         data = args.out / "worlds" / world
@@ -163,7 +164,7 @@ def complete(world: str, row: str, seed: int, args: argparse.Namespace) -> bool:
     path = directory(world, row, seed, args.out) / "summary.json"
     if not path.exists():
         return False
-    found, flags = json.loads(path.read_text())["flags"], " ".join(flags_of(world, row, seed, args))
+    found, flags = json.loads(path.read_text())["flags"], " ".join(flags_of(row, seed, args))
     if found != flags:
         raise RuntimeError(f"{path} is of a run with {found}, not {flags}: choose another --out")
     return True
