@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from eval import evaluate
-from experiments.lab_report import report
+from experiments.lab_report import KINDS, report
 from plumbing.checkpoints import checkpoints, write_whole
 from plumbing.models import load_model, load_tokenizer
 from plumbing.problems import load_problems
@@ -66,7 +66,6 @@ MAKE = {  # flags of tiny/make.py
 WORLDS = {"default": list(ROWS), "few": FOUR, "hard": FOUR}  # and the rows of each
 KEPT = {"summary.json", "metrics.jsonl", "rollouts.jsonl", "config.json"}
 SAVE_EVERY = 5  # steps
-KINDS = ["pivotal", "local", "filler", "wait"]
 
 
 def oracle(response: Measured, quantile: float, rng) -> list[int]:

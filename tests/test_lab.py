@@ -132,6 +132,11 @@ def test_report_reads_a_file_and_writes_one(tmp_path, monkeypatch, capsys):
         lab.main()
 
 
+def test_every_row_has_a_colour_of_its_own():
+    assert lab_report.COLORS.keys() == lab.ROWS.keys()
+    assert len(set(lab_report.COLORS.values())) == len(lab.ROWS)
+
+
 # --- Runs
 
 
