@@ -35,6 +35,8 @@ sys.path.insert(0, str(ROOT))
 
 from attnrl import AttnRL, MethodConfig, Problem
 from eval import grade
+from experiments.lab import oracle
+from experiments.lab_report import holm, t_tail, table
 from fci import StepHook, fci_of_response
 from plumbing.grader import Grader
 from plumbing.learner import Learner
@@ -54,12 +56,6 @@ PILOT, REFERENCE = 10_000, 20_000  # seeds of batches that no rule is measured o
 BINS = 10  # of a response, for the profile of a tree's advantages
 
 
-def oracle(response, quantile: float, rng) -> list[int]:
-    """The pivotal steps of the embedded world, which no method can know, from left to right."""
-    return [s for s, text in zip(response.starts, response.step_texts) if step_kind(text) == "pivotal"]
-
-
-RULES["oracle"] = oracle
 LATER = {"fci": "sum", "fci_mean": "mean", "fci_window": "window"}  # values of --fci_later
 TREES = [*LATER, "entropy", "sentence_entropy", "random", "earliest", "late", "oracle"]
 GROUP_ADVANTAGE = ["fci", "random", "earliest"]  # the same trees, credited as GRPO does
@@ -73,6 +69,7 @@ class Bench:
     """A fixed policy, and what samples from it, grades, scores and differentiates."""
 
     def __init__(self, model: str):
+        RULES["oracle"] = oracle
         self.tokenizer, self.model = load_tokenizer(model), load_model(model)
         machine = MachineConfig(autocast="none", microbatch_tokens=4096, logit_chunk=512)
         self.learner = Learner(self.model, None, None, machine)
@@ -275,27 +272,6 @@ def jackknife(statistic, n: int) -> tuple[float, float]:
     return statistic(everything), float(((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum()) ** 0.5)
 
 
-def two_sided_p(t: float, degrees: int) -> float:
-    """Of Student's t, by integrating its density from |t| on, over u = |t| / x in (0, 1]."""
-    if t == 0:
-        return 1.0
-    u = (np.arange(20_000) + 0.5) / 20_000
-    x = abs(t) / u
-    log_constant = torch.lgamma(torch.tensor([(degrees + 1) / 2, degrees / 2], dtype=torch.float64))
-    constant = np.exp(float(log_constant[0] - log_constant[1])) / (degrees * np.pi) ** 0.5
-    density = constant * (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
-    return min(1.0, float(2 * (density * abs(t) / u**2).mean()))
-
-
-def holm(p_values: dict[str, float]) -> dict[str, float]:
-    """Holm's adjusted p-values of a family of tests."""
-    adjusted, largest = {}, 0.0
-    for i, name in enumerate(sorted(p_values, key=p_values.get)):
-        largest = max(largest, min(1.0, (len(p_values) - i) * p_values[name]))
-        adjusted[name] = largest
-    return adjusted
-
-
 def analyse(out: Path) -> dict:
     """Per metric and arm: consistency, agreement, signal to noise, and paired differences of consistency."""
     numbers = sorted(int(p.stem) for p in out.glob("*.json") if p.stem.isdigit())
@@ -333,11 +309,10 @@ def analyse(out: Path) -> dict:
             for name in ARMS:
                 if name != other:
                     difference, error = jackknife(lambda k, a=name: c[a](k) - c[other](k), n)  # noqa: B023
-                    p = two_sided_p(difference / error, n - 1)
+                    p = 2 * t_tail(abs(difference) / error, n - 1)
                     tests[other][name] = dict(difference=difference, error=error, p=p)
-            adjusted = holm({name: t["p"] for name, t in tests[other].items()})
-            for name, p in adjusted.items():
-                tests[other][name]["holm"] = p
+            for test, p in zip(tests[other].values(), holm([t["p"] for t in tests[other].values()])):
+                test["holm"] = p
         found["metrics"][metric] = {"rows": rows, "against": tests}
     return found
 
@@ -352,11 +327,6 @@ def sums(dicts: list[dict]) -> dict:
 GRADIENTS = ["row", "tokens", "consistency", "SNR per token", "agreement", "direction"]
 GRADIENTS += ["less GRPO 30's", "p", "less random's", "p"]
 WHY = ["rule", *KINDS, "place", "mixed continuations", "tokens per useful sequence", "problems"]
-
-
-def table(title: str, header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return f"\n**{title}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
 def with_interval(value: float, error: float, sign: str = "") -> str:
@@ -381,7 +351,10 @@ def report(found: dict[str, dict]) -> str:
                         else ["–", "–"]
                     )
                 rows.append(cells)
-            tables.append(table(f"{policy}, {metric} metric, {measured['batches']} batches", GRADIENTS, rows))
+            tables += [
+                f"**{policy}, {metric} metric, {measured['batches']} batches**",
+                table(GRADIENTS, *rows),
+            ]
         rows = []
         for rule in TREES:
             w = measured["why"][rule]
@@ -390,8 +363,8 @@ def report(found: dict[str, dict]) -> str:
             rows.append(
                 [*cells, f"{w['tokens'] / w['useful']:.0f}", f"{w['problems'] / measured['batches']:.0f}"]
             )
-        tables.append(table(f"{policy}, why", WHY, rows))
-    return "\n".join(tables)
+        tables += [f"**{policy}, why**", table(WHY, *rows)]
+    return "\n\n".join(tables)
 
 
 def main() -> None:
