@@ -35,8 +35,8 @@ sys.path.insert(0, str(ROOT))
 
 from attnrl import AttnRL, MethodConfig, Problem
 from eval import grade
+from experiments.gradient_report import KINDS, analyse, report
 from experiments.lab import oracle
-from experiments.lab_report import holm, t_tail, table
 from fci import StepHook, fci_of_response
 from plumbing.grader import Grader
 from plumbing.learner import Learner
@@ -49,7 +49,6 @@ from sampler import choose_responses, expansion
 from tiny.make import step_kind
 from tree import RULES, Leaf, branch_points, group_advantages, grow, tree_advantages
 
-KINDS = ["pivotal", "local", "filler"]
 GROUP = 30  # responses of GRPO, as many as the leaves of a tree
 POOL = 72  # problems of a batch index; a rule uses the first of them, as many as it can pay for
 PILOT, REFERENCE = 10_000, 20_000  # seeds of batches that no rule is measured on
@@ -256,117 +255,6 @@ def work(args: argparse.Namespace) -> None:
             print(f"{args.names[0]}: batch {b}", file=sys.stderr, flush=True)
 
 
-# --- Statistics -------------------------------------------------------------------------------------------
-
-
-def consistency(gram: np.ndarray) -> float:
-    """Mean cosine between different batches; gram: (n, n), of unit vectors."""
-    n = len(gram)
-    return float((gram.sum() - np.trace(gram)) / (n * (n - 1)))
-
-
-def jackknife(statistic, n: int) -> tuple[float, float]:
-    """A statistic of the batches' indices, and its standard error."""
-    everything = np.arange(n)
-    left_out = np.array([statistic(np.delete(everything, b)) for b in range(n)])
-    return statistic(everything), float(((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum()) ** 0.5)
-
-
-def analyse(out: Path) -> dict:
-    """Per metric and arm: consistency, agreement, signal to noise, and paired differences of consistency."""
-    numbers = sorted(int(p.stem) for p in out.glob("*.json") if p.stem.isdigit())
-    stacked = np.stack([np.load(out / f"{b}.npy") for b in numbers])  # (batches, arms + reference, weights)
-    n, names = len(numbers), [*ARMS, "reference"]
-    about = [json.loads((out / f"{b}.json").read_text()) for b in numbers]
-    scale = np.sqrt((stacked[:, -1] ** 2).mean(0))
-    found = {"batches": n, "why": {a: sums([x[a] for x in about]) for a in ARMS}, "metrics": {}}
-    for metric, divisor in (("plain", 1.0), ("Adam", scale + 1e-3 * scale.mean())):
-        units = {}
-        for i, name in enumerate(names):
-            vectors = stacked[:, i] / divisor
-            units[name] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        target = (stacked[:, -1] / divisor).mean(0)
-        target /= np.linalg.norm(target)
-        grams = {name: u @ u.T for name, u in units.items()}
-        c = {name: (lambda kept, g=g: consistency(g[np.ix_(kept, kept)])) for name, g in grams.items()}
-        rows, tests = {}, {}
-        for name in ARMS:
-            value, error = jackknife(c[name], n)
-            cosines = units[name] @ target
-            reliable = n * value / (1 + (n - 1) * value)  # of the mean of n batches
-            c_ref = c["reference"](np.arange(n))
-            both = max(reliable * n * c_ref / (1 + (n - 1) * c_ref), 1e-9) ** 0.5
-            mean = units[name].mean(0)
-            tokens = found["why"][name]["tokens"] / n
-            rows[name] = dict(consistency=value, error=error, tokens=tokens)
-            rows[name] |= dict(
-                agreement=float(cosines.mean()), agreement_error=float(cosines.std(ddof=1) / n**0.5)
-            )
-            rows[name] |= dict(snr=value / (1 - value) * found["why"]["GRPO 30"]["tokens"] / n / tokens)
-            rows[name] |= dict(direction=float(mean @ target / np.linalg.norm(mean)) / both)
-        for other in ("GRPO 30", "random"):
-            tests[other] = {}
-            for name in ARMS:
-                if name != other:
-                    difference, error = jackknife(lambda k, a=name: c[a](k) - c[other](k), n)  # noqa: B023
-                    p = 2 * t_tail(abs(difference) / error, n - 1)
-                    tests[other][name] = dict(difference=difference, error=error, p=p)
-            for test, p in zip(tests[other].values(), holm([t["p"] for t in tests[other].values()])):
-                test["holm"] = p
-        found["metrics"][metric] = {"rows": rows, "against": tests}
-    return found
-
-
-def sums(dicts: list[dict]) -> dict:
-    total = Counter()
-    for d in dicts:
-        total.update(d)
-    return dict(total)
-
-
-GRADIENTS = ["row", "tokens", "consistency", "SNR per token", "agreement", "direction"]
-GRADIENTS += ["less GRPO 30's", "p", "less random's", "p"]
-WHY = ["rule", *KINDS, "place", "mixed continuations", "tokens per useful sequence", "problems"]
-
-
-def with_interval(value: float, error: float, sign: str = "") -> str:
-    return f"{value:{sign}.3f} ± {1.96 * error:.3f}"
-
-
-def report(found: dict[str, dict]) -> str:
-    """Markdown tables of `analyse`, by policy. SNR per token is relative to GRPO with 30 responses."""
-    tables = []
-    for policy, measured in found.items():
-        for metric, part in measured["metrics"].items():
-            rows, base = [], part["rows"]["GRPO 30"]["snr"]
-            for name, r in part["rows"].items():
-                cells = [name, f"{r['tokens']:,.0f}", with_interval(r["consistency"], r["error"])]
-                cells += [f"{r['snr'] / base:.2f}", with_interval(r["agreement"], r["agreement_error"])]
-                cells += [f"{r['direction']:.2f}"]
-                for other in part["against"].values():
-                    t = other.get(name)
-                    cells += (
-                        [with_interval(t["difference"], t["error"], "+"), f"{t['holm']:.3f}"]
-                        if t
-                        else ["–", "–"]
-                    )
-                rows.append(cells)
-            tables += [
-                f"**{policy}, {metric} metric, {measured['batches']} batches**",
-                table(GRADIENTS, *rows),
-            ]
-        rows = []
-        for rule in TREES:
-            w = measured["why"][rule]
-            cells = [rule, *(f"{w['points_' + kind] / w['points']:.0%}" for kind in KINDS)]
-            cells += [f"{w['place_sum'] / w['points']:.2f}", f"{w['mixed'] / w['branched']:.0%}"]
-            rows.append(
-                [*cells, f"{w['tokens'] / w['useful']:.0f}", f"{w['problems'] / measured['batches']:.0f}"]
-            )
-        tables += [f"**{policy}, why**", table(WHY, *rows)]
-    return "\n\n".join(tables)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     policies = ["tiny", "runs/policy/checkpoint-17", "runs/policy/checkpoint-34"]
@@ -387,23 +275,15 @@ def main() -> None:
             if not (args.out / name / "setup.json").exists():
                 torch.set_num_threads(1)
                 (args.out / name / "setup.json").write_text(json.dumps(pilot(Bench(policy), args.tokens)))
-            command = [
-                sys.executable,
-                __file__,
-                "--policies",
-                policy,
-                "--names",
-                name,
-                "--out",
-                str(args.out),
-            ]
-            command += ["--batches", str(args.batches), "--share"]
+            flags = f"--out {args.out} --batches {args.batches} --names {name} --share".split()
+            command = [sys.executable, __file__, "--policies", policy, *flags]
             with ThreadPoolExecutor(args.jobs) as pool:
                 shares = [[*command, str(i), str(args.jobs)] for i in range(args.jobs)]
                 list(pool.map(partial(subprocess.run, check=True), shares))
-    found = {p.name: analyse(p) for p in (args.out / name for name in args.names) if any(p.glob("*.npy"))}
+    measured = [args.out / name for name in args.names if any((args.out / name).glob("*.npy"))]
+    found = {path.name: analyse(path, ARMS) for path in measured}
     (args.out / "results.json").write_text(json.dumps(found, indent=1))
-    print(report(found))
+    print(report(found, TREES))
 
 
 if __name__ == "__main__":
