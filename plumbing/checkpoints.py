@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from plumbing.memory_plan import shape_of
 from plumbing.processes import on_rank_0, rank, union, world_size
 from plumbing.settings import InputError, RunStopped
 
@@ -81,9 +82,9 @@ def check_source(path: Path, same_run: bool, step: int) -> None:
     write_whole(path, json.dumps(history, indent=1))
 
 
-def check_room(out: Path, n_parameters: int, run) -> None:
+def check_room(out: Path, run) -> None:
     """Raises InputError unless the disk holds the checkpoints that will exist at once. run: RunConfig."""
-    size = 12 * n_parameters  # bytes: fp32 weights and two moments of AdamW
+    size = 12 * shape_of(run.model).parameters  # bytes: fp32 weights and two moments of AdamW
     at_once = min(run.keep_checkpoints + 1, math.ceil(run.steps / run.save_every))  # the oldest goes last
     needed, free = (at_once - len(checkpoints(out))) * size, shutil.disk_usage(out).free
     if free < needed:
@@ -197,8 +198,7 @@ def cut_log(path: Path, n_lines: int) -> None:
 
 def restore(learner, checkpoint: Path, state: dict) -> None:
     """Optimiser and random state; the weights come with the model, and `verify_sync` pushes them."""
-    # mapped: held once per node
-    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, mmap=world_size() > 1)
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, mmap=world_size() > 1)  # one per node
     for i, parameter in enumerate(learner.model.parameters()):
         if isinstance(parameter, DTensor):
             moments, placed = saved["optimizer"]["state"].get(i, {}), parameter.placements

@@ -88,14 +88,16 @@ class Learner:
     """Scores and trains `model`, in place.
 
     reference: frozen copy of the initial model, or None for losses that need none. temperature: of all
-    log-probabilities. hook(step_ids) measures FCI. grad_clip: largest gradient norm. Raises ValueError for a
-    model that cannot be scored.
+    log-probabilities. make_hook(step_ids): what measures FCI. grad_clip: largest gradient norm. Raises
+    ValueError for a model that cannot be scored.
     """
 
-    def __init__(self, model, reference, optimizer, machine, *, temperature=1, hook=StepHook, grad_clip=1.0):
+    def __init__(
+        self, model, reference, optimizer, machine, *, temperature=1, make_hook=StepHook, grad_clip=1
+    ):
         check_model(model)
         self.model, self.reference, self.optimizer, self.machine = model, reference, optimizer, machine
-        self.temperature, self.hook, self.grad_clip = temperature, hook, grad_clip
+        self.temperature, self.make_hook, self.grad_clip = temperature, make_hook, grad_clip
         self.autocast_dtype = autocast_dtype(machine)
         self.skipped_in_a_row = 0  # updates, across steps and checkpoints
 
@@ -120,7 +122,7 @@ class Learner:
             lengths, nothing, hook = [len(s.response_ids) for s in batch], [None] * len(batch), None
             if batch[0].step_ids is not None:
                 step_ids = collate([s.step_ids for s in batch], PADDING, self.model.device)
-                hook = self.hook(step_ids)
+                hook = self.make_hook(step_ids)
             with self.autocast():
                 logps, entropies = self.logps(self.model, batch, hook, with_entropy)
             of_rows = logps.cpu().split(lengths), entropies.cpu().split(lengths) if with_entropy else nothing
@@ -197,6 +199,6 @@ def make_learner(run, method, weights: str) -> Learner:
         shard(each)
     fused = torch.cuda.is_available()  # makes no copy of the state
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=run.weight_decay, fused=fused)
-    hook = functools.partial(StepHook, delta=method.fci_delta, later=method.fci_later)
-    constants = dict(temperature=method.temperature, hook=hook, grad_clip=method.grad_clip)
-    return Learner(model, reference, optimizer, run, **constants)
+    make_hook = functools.partial(StepHook, delta=method.fci_delta, later=method.fci_later)
+    constants = dict(temperature=method.temperature, grad_clip=method.grad_clip)
+    return Learner(model, reference, optimizer, run, make_hook=make_hook, **constants)

@@ -136,14 +136,13 @@ def kv_token(s: Shape, bytes_each: int = BF16) -> int:
 
 
 def vllm_cache(s: Shape, memory: float) -> int:
-    """What its weights leave for its cache of the memory that vLLM may use."""
+    """vLLM's memory less its bf16 weights; its activations and CUDA graphs are not subtracted."""
     return max(0, int(memory) - BF16 * s.parameters)
 
 
 def at_once(s: Shape, cache: int, longest: int) -> int:
-    """Responses that vLLM samples at once: twice what its cache holds at full length, since one under way has
-    half of that on average. Of more it would drop some, and read them again later. At most vLLM's own 1,024.
-    """
+    """Responses that vLLM samples at once: twice as many as its cache holds at full length, since those under
+    way have half of it on average. Of more it would drop some and read them again; its default is 1,024."""
     return min(1024, max(1, 2 * cache // (kv_token(s) * longest)))
 
 
@@ -153,11 +152,10 @@ PHASES = ["sample, score", "forward", "backward: logits", "backward: layers"]  #
 
 
 def plan(s: Shape, run, method, card: float) -> dict[str, list[int]]:
-    """Bytes of every part in each of PHASES. run, method: RunConfig and MethodConfig; card: bytes of GPU
-    memory.
+    """Bytes of every part in each of PHASES. run, method: RunConfig and MethodConfig; card: its bytes.
 
-    In a column all rows count as alive at once. Of sampling and scoring, which take turns, the one or the
-    other is then counted too high, by less than a row of it.
+    In a column all rows count as alive at once. Sampling and scoring take turns, so the first column is too
+    high, by at most one row.
     """
     longest = method.max_prompt_tokens + method.max_response_tokens
     tokens, autocast, chunk = max(run.microbatch_tokens, longest), run.autocast != "none", run.logit_chunk
@@ -189,8 +187,9 @@ def plan(s: Shape, run, method, card: float) -> dict[str, list[int]]:
         rows["engine: cache"] = [kv_token(s, FP32) * max(TORCH_BATCH_TOKENS, longest), 0, 0, 0]
     else:
         alive = (lambda size: [size, 0, 0, 0]) if run.engine_sleep else always
-        rows["engine: weights, bf16"] = alive(BF16 * s.parameters)
-        rows["engine: cache"] = alive(vllm_cache(s, run.gpu_memory * card))
+        n = run.tensor_parallel
+        rows["engine: weights, bf16"] = alive(BF16 * s.parameters // n)
+        rows["engine: cache"] = alive(vllm_cache(s, run.gpu_memory * card * n) // n)
     return rows
 
 
@@ -208,21 +207,24 @@ def report(run, method) -> str:
         if any(sizes):
             cells = [f"{size / 1e9:.1f}" if size else "-" for size in sizes]
             lines.append(f"{name:30s}" + "".join(f"{cell:>18s}" for cell in cells))
-    longest = method.max_prompt_tokens + method.max_response_tokens
     if run.engine != "torch":
-        cache = max(rows["engine: cache"])
+        longest = method.max_prompt_tokens + method.max_response_tokens
+        cache = max(rows["engine: cache"]) * run.tensor_parallel
         room, limit = cache // kv_token(s), at_once(s, cache, longest)
         held = f"{room // longest} responses of {longest:,} tokens; {limit} are sampled at once"
         lines.append(f"cache: {kv_token(s):,} bytes per token, so {room:,} tokens, or {held}")
+        if room < longest:
+            return "\n".join([*lines, "does not fit: vLLM's cache holds no response, raise --gpu_memory"])
     worst = totals.index(max(totals))
     left, peak = (card - totals[worst]) / 1e9, PHASES[worst]
     if left >= 0:
         return "\n".join([*lines, f"fits: {left:.1f} GB are left at the peak ({peak})"])
     lines.append(f"does not fit: {-left:.1f} GB too much at the peak ({peak})")
-    sharded = [sum(sizes) for sizes in zip(rows["weights"], rows["AdamW's moments"], rows["gradients"])]
+    parts = ("weights", "AdamW's moments", "reference", "gradients")
+    sharded = [sum(sizes) for sizes in zip(*map(rows.get, parts))]
     rest = [total - part for total, part in zip(totals, sharded)]
     if max(rest) < card:
         cards = max(-(-part // int(card - other)) for part, other in zip(sharded, rest))
         room = f"over {cards} cards (FSDP) would make room, but for the layer it gathers"
-        lines.append(f"sharding weights, moments and gradients {room}")
+        lines.append(f"sharding weights, moments, reference and gradients {room}")
     return "\n".join(lines)
