@@ -160,12 +160,12 @@ def attention_to_steps(query, key, step_ids, n_steps: int, reduce: Callable, mas
     in bf16, the memory-efficient kernel in fp32 or with a mask; `enable_gqa` may take one that writes L x L.
     """
     Q, d, device = query.shape[1] // key.shape[1], query.shape[-1], query.device.type
-    if torch.is_autocast_enabled(device):  # which would cast each expanded key on its own
-        query, key = (x.to(torch.get_autocast_dtype(device)) for x in (query, key))
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    key = key.to(dtype)  # once: autocast would cast a copy for each of its heads
     chunks, how = [], dict(attn_mask=mask, is_causal=mask is None, scale=scale)
     for k in torch.arange(n_steps, device=query.device).split(d):
         indicators = step_ids[..., None] == k  # (B, L, K)
-        values = F.pad(indicators, (0, d - len(k))).to(query.dtype)[:, None]  # (B, 1, L, d)
+        values = F.pad(indicators, (0, d - len(k))).to(dtype)[:, None]  # (B, 1, L, d)
         heads = []
         for q, shared_key in zip(query.split(Q, dim=1), key.split(1, dim=1)):
             inputs = q, shared_key.expand_as(q), values.expand_as(q)

@@ -220,7 +220,7 @@ def test_fci_and_cache(model_and_shape):
 
 
 def test_fci_under_autocast_casts_a_key_before_its_heads_share_it():
-    """transformers' rotary embedding hands over fp32 queries and keys. Then FCI needs no more than in fp32."""
+    """transformers' rotary embedding hands over fp32 queries and keys, copied for each head by autocast."""
     L, d, peaks = 512, 128, []
     q, k = torch.randn(1, 12, L, d), torch.randn(1, 2, L, d)
     for bfloat16 in (False, True):
@@ -228,7 +228,7 @@ def test_fci_under_autocast_casts_a_key_before_its_heads_share_it():
         with autocast_to(bfloat16), LiveBytes() as live:
             hook.add_layer(q, k, None, None)
         peaks.append(live.peak)
-    assert peaks[1] < 0.8 * peaks[0]  # 41 bytes per token and width of a head, against 56
+    assert peaks[1] < 0.8 * peaks[0]  # 41 bytes per token and width of a head, against 53
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -288,7 +288,7 @@ def test_plan_of_the_papers_model(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"so {(64_000_000_000 - 2 * s.parameters) // 28672:,} tokens" in printed
     assert re.search(r"engine: weights, bf16 +1.8 ", printed)  # of 3.6 GB, half on each card
-    train.train(*train.parse_config([*two[:-2], "--gpu_memory", "0.05"]))
+    train.train(*train.parse_config([*two[:-2], "--gpu_memory", "0.045"]))
     assert "does not fit: vLLM's cache holds no response" in capsys.readouterr().out
 
 
