@@ -228,7 +228,7 @@ def test_fci_under_autocast_casts_a_key_before_its_heads_share_it():
         with autocast_to(bfloat16), LiveBytes() as live:
             hook.add_layer(q, k, None, None)
         peaks.append(live.peak)
-    assert peaks[1] < 0.8 * peaks[0]  # 41 bytes per token and width of a head, against 53
+    assert peaks[1] < 0.9 * peaks[0]  # 43 bytes per token and width of a head, against 53; copies: 65
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
