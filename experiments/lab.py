@@ -8,7 +8,8 @@
 A row is a line of ROWS, flags of train.py; all rows have the same seeds, budget of generated tokens and 400
 held-out problems. A run is a process of its own on one thread; `--jobs` of them go on at a time, seed by
 seed over all rows. It ends with Pass@4 of its last checkpoint and summary.json in its directory. A run with
-a summary is not repeated, and one that was stopped goes on from its last checkpoint.
+a summary is not repeated, and one that was stopped goes on from its last checkpoint. Summaries that are kept
+with the project (`--known`) count as well.
 
 The worlds: `default` is tiny/; `few` has 64 of its training problems and the same held-out ones; `hard` has
 problems that the base model solves in under 15 % of 32 samples. tiny/make.py writes the last two.
@@ -105,7 +106,10 @@ def run(world: str, row: str, seed: int, args: argparse.Namespace) -> None:
     problems = load_problems(config.test_data[0])[: config.eval_problems]
     how = dict(samples=4, temperature=1.0, budget=lambda n_prompt: method.max_response_tokens)
     found = evaluate(TorchEngine(load_model(checkpoint), tokenizer), tokenizer, problems, **how)
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     summary = dict(world=world, row=row, seed=seed, token_budget=args.token_budget, flags=" ".join(flags))
+    summary |= {"commit": commit}
     summary |= {"pass@4": found["pass@k"], "pass@1_of_4": found["pass@1"]} | summarised(out)
     write_whole(out / "summary.json", json.dumps(summary))
     for path in out.iterdir():
@@ -158,12 +162,19 @@ def python(*command: object) -> None:
         raise RuntimeError(words[-1])
 
 
+def known(path: Path) -> list[dict]:
+    """Summaries kept of earlier runs."""
+    return lines(path) if path.exists() else []
+
+
 def complete(world: str, row: str, seed: int, args: argparse.Namespace) -> bool:
     """Whether the run has a summary. RuntimeError if that is one of other flags."""
-    path = directory(world, row, seed, args.out) / "summary.json"
+    path, flags = directory(world, row, seed, args.out) / "summary.json", " ".join(flags_of(row, seed, args))
+    if any((s["world"], s["row"], s["flags"]) == (world, row, flags) for s in known(args.known)):
+        return True
     if not path.exists():
         return False
-    found, flags = json.loads(path.read_text())["flags"], " ".join(flags_of(row, seed, args))
+    found = json.loads(path.read_text())["flags"]
     if found != flags:
         raise RuntimeError(f"{path} is of a run with {found}, not {flags}: choose another --out")
     return True
@@ -204,10 +215,12 @@ def run_all(args: argparse.Namespace) -> list[str]:
     return failed
 
 
-def collect(out: Path) -> list[dict]:
-    """All summaries there are; also written to summaries.jsonl, one per line."""
+def collect(out: Path, kept: Path) -> list[dict]:
+    """All summaries there are, those kept of earlier runs included; also written to summaries.jsonl, one per
+    line."""
     order = {row: i for i, row in enumerate(ROWS)}
-    found = [json.loads(path.read_text()) for path in out.glob("*/*/summary.json")]
+    new = [json.loads(path.read_text()) for path in out.glob("*/*/summary.json")]
+    found = list({(s["world"], s["row"], s["seed"]): s for s in [*known(kept), *new]}.values())
     found.sort(key=lambda s: (list(WORLDS).index(s["world"]), order[s["row"]], s["seed"]))
     (out / "summaries.jsonl").write_text("".join(json.dumps(s) + "\n" for s in found))
     return found
@@ -217,6 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/lab"))
+    add("--known", type=Path, default=ROOT / "docs/lab/summaries.jsonl", help="summaries of earlier runs")
     add("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     add("--seeds", type=int, default=10, help="seeds 0 to this, the same in every row")
@@ -230,7 +244,7 @@ def main() -> None:
     if args.one:
         return run(args.one[0], args.one[1], int(args.one[2]), args)
     failed = run_all(args) if args.report is None else []
-    summaries = lines(Path(args.report)) if args.report else collect(args.out)
+    summaries = lines(Path(args.report)) if args.report else collect(args.out, args.known)
     if not summaries:
         sys.exit(f"error: no summary in {args.report or args.out}: run without --report first")
     print(report(summaries, args.figure))

@@ -142,6 +142,7 @@ def test_every_row_has_a_colour_of_its_own():
 
 def arguments(out, **changed) -> argparse.Namespace:
     given = dict(out=out, worlds=["default"], rows=["GRPO 30", "oracle"], seeds=1, jobs=2)
+    given["known"] = out / "known.jsonl"
     return argparse.Namespace(**given | dict(token_budget=6000, problems=8) | changed)
 
 
@@ -170,6 +171,14 @@ def test_a_run_with_other_flags_is_a_failure(tmp_path):
     assert "choose another --out" in lab.run_apart("default", "FCI", 0, arguments(tmp_path, token_budget=7))
 
 
+def test_a_run_whose_summary_is_kept_is_not_repeated(tmp_path, monkeypatch):
+    args = arguments(tmp_path)
+    kept = run_of("FCI", 0) | {"flags": " ".join(lab.flags_of("FCI", 0, args))}
+    args.known.write_text(json.dumps(kept) + "\n")
+    assert lab.complete("default", "FCI", 0, args) and not lab.complete("default", "FCI", 1, args)
+    assert lab.collect(tmp_path, args.known) == [kept]
+
+
 @pytest.mark.parametrize("row", lab.ROWS)
 def test_train_takes_the_flags_of_every_row(row, tmp_path, monkeypatch):
     monkeypatch.setitem(RULES, "oracle", lab.oracle)
@@ -183,7 +192,7 @@ def test_the_lab_end_to_end(tmp_path):
     assert lab.run_all(args) == []
     outs = [lab.directory("default", row, 0, tmp_path) for row in args.rows]
     assert all({path.name for path in out.iterdir()} == lab.KEPT for out in outs)
-    grpo, oracle = lab.collect(tmp_path)
+    grpo, oracle = lab.collect(tmp_path, tmp_path / "known.jsonl")
     assert oracle["points"]["pivotal"] > 0 and sum(oracle["points"].values()) == oracle["points"]["pivotal"]
     assert grpo["points"]["pivotal"] == 0 and grpo["pass@4"] >= grpo["pass@1_of_4"] > 0
     for summary in (grpo, oracle):
@@ -216,7 +225,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_summary(tmp_path, monkeypatc
             one("stopped")
         assert list(tmp_path.glob("stopped/*/*/checkpoint-1")) and not list(tmp_path.glob("stopped/*/*/su*"))
     one("stopped")
-    (whole, again) = lab.collect(tmp_path / "whole") + lab.collect(tmp_path / "stopped")
+    (whole, again) = [
+        lab.collect(tmp_path / name, tmp_path / "known.jsonl")[0] for name in ("whole", "stopped")
+    ]
     assert whole == again and whole["steps"] > 1
 
 
