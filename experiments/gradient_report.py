@@ -16,7 +16,7 @@ import numpy as np
 from experiments.lab_report import holm, t_quantile, t_tail, table
 
 KINDS = ["pivotal", "local", "filler"]
-BASELINES = ["GRPO 30", "random"]  # what rows are compared with
+BASELINES = ["GRPO 30", "random", "earliest"]  # what rows are compared with
 
 
 def consistency(gram: np.ndarray) -> float:
@@ -116,3 +116,32 @@ def report(found: dict[str, dict], rules: list[str]) -> str:
             rows.append(cells)
         parts += [f"**{policy}, why**", table(WHY, *rows)]
     return "\n\n".join(parts)
+
+
+def draw(found: dict[str, dict], rows: list[str], path: Path) -> None:
+    """What a token is worth in the plain metric, by row and policy, with 95 % intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.5, 0.36 * len(rows) + 1.2), layout="constrained")
+    for i, (policy, color) in enumerate(zip(found, ["#0072B2", "#E69F00", "#009E73"])):
+        measured = found[policy]["metrics"]["plain"]
+        worth, error = ([measured[row][name] for row in rows] for name in ("worth", "worth_error"))
+        places = np.arange(len(rows)) + 0.22 * (i - (len(found) - 1) / 2)
+        axis.errorbar(
+            worth, places, xerr=1.96 * np.array(error), fmt="o", ms=4, lw=1.2, color=color, label=policy
+        )
+    axis.axvline(1, color="grey", lw=0.8, ls=":")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.invert_yaxis()
+    axis.set(
+        xlabel="signal to noise of the gradient per generated token, GRPO with 30 responses = 1",
+        xlim=(0, None),
+    )
+    axis.set_title("What a token is worth", loc="left")
+    axis.legend(title="policy", frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

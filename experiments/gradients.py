@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from attnrl import AttnRL, MethodConfig, Problem
 from eval import grade
-from experiments.gradient_report import KINDS, analyse, report
+from experiments.gradient_report import KINDS, analyse, draw, report
 from experiments.lab import oracle
 from fci import StepHook, fci_of_response
 from plumbing.grader import Grader
@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/gradients"))
     parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--figure", type=Path, help="draw what a token is worth there")
     parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)  # the program of the workers
     args = parser.parse_args()
     if args.share:
@@ -283,6 +284,8 @@ def main() -> None:
     measured = [args.out / name for name in args.names if any((args.out / name).glob("*.npy"))]
     found = {path.name: analyse(path, ARMS) for path in measured}
     (args.out / "results.json").write_text(json.dumps(found, indent=1))
+    if args.figure:
+        draw(found, [*TREES, "GRPO 6", "GRPO 30"], args.figure)
     print(report(found, TREES))
 
 
