@@ -1,21 +1,9 @@
 """Tables of evaluations: the scores of one, and two compared by a paired bootstrap interval."""
 
 import json
-import math
-import statistics
 from pathlib import Path
 
 import numpy as np
-
-
-def average(results: list[dict]) -> dict:
-    """The paper's last column: every benchmark has the same weight. Counts are summed."""
-    averaged = ("pass@1", "pass@k", "mean_tokens", "truncated")
-    mean = {name: statistics.fmean(r[name] for r in results) for name in averaged}
-    mean |= {name: sum(r[name] for r in results) for name in ("n_problems", "timeouts", "long_prompts")}
-    errors = [r["stderr"] for r in results]
-    stderr = None if None in errors else math.hypot(*errors) / len(errors)
-    return mean | {"samples": "", "stderr": stderr}
 
 
 def percent(value: float, stderr: float | None) -> str:

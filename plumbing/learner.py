@@ -111,20 +111,23 @@ class Learner:
         return token_logps(model, pairs, self.temperature, chunk, step_hook, with_entropy)
 
     @torch.no_grad()
-    def score(self, sequences: list[Sequence], with_entropy: bool = False) -> list[Score]:
-        """Log-probs under the current weights; entropies where asked; FCI if all (not some) have step ids."""
+    def score(self, sequences: list[Sequence], with_entropy: bool = False, hook=None) -> list[Score]:
+        """Log-probs under the current weights; entropies where asked; FCI if all (not some) have step ids.
+
+        hook(step_ids): measures something else instead, a row of its `fci()` per sequence.
+        """
         self.model.eval()
         found: dict[int, Score] = {}
         for forward in passes([len(s) for s in sequences], self.machine.microbatch_tokens):
             batch = [sequences[row] for row in forward.rows]
-            lengths, nothing, hook = [len(s.response_ids) for s in batch], [None] * len(batch), None
+            lengths, nothing, seen = [len(s.response_ids) for s in batch], [None] * len(batch), None
             if batch[0].step_ids is not None:
                 step_ids = collate([s.step_ids for s in batch], PADDING, self.model.device)
-                hook = self.hook(step_ids)
+                seen = (hook or self.hook)(step_ids)
             with self.autocast():
-                logps, entropies = self.logps(self.model, batch, hook, with_entropy)
+                logps, entropies = self.logps(self.model, batch, seen, with_entropy)
             of_rows = logps.cpu().split(lengths), entropies.cpu().split(lengths) if with_entropy else nothing
-            for row, *measured in zip(forward.rows, *of_rows, hook.fci().cpu() if hook else nothing):
+            for row, *measured in zip(forward.rows, *of_rows, seen.fci().cpu() if seen else nothing):
                 found[row] = Score(*(None if x is None else x.numpy() for x in measured))
         found = union(found)
         return [found[row] for row in range(len(sequences))]

@@ -1,4 +1,4 @@
-"""What a run writes about itself: times, metrics of a step, one tree per step, and the curves.
+"""What a run writes about itself: times, metrics of a step, and the curves.
 docs/metrics.md explains each name.
 
 Problems and rollouts are those of attnrl.py; nothing else in plumbing/ knows them.
@@ -19,6 +19,7 @@ from plumbing.checkpoints import append
 from plumbing.learner import NonFiniteUpdates
 from plumbing.processes import rank
 from plumbing.settings import RunStopped
+from plumbing.track import Tracker
 
 
 class Clock:
@@ -37,16 +38,19 @@ class Clock:
 
 
 class Log:
-    """Files of JSON lines, which rank 0 writes. lines: how many each has; a checkpoint keeps that."""
+    """Files of JSON lines, which rank 0 writes. lines: how many each has; a checkpoint keeps that. track: name
+    of the tracker that metrics.jsonl is handed to, too."""
 
-    def __init__(self, out: Path, lines: dict[str, int]):
-        self.out, self.lines = out, lines
+    def __init__(self, out: Path, lines: dict[str, int], track: str = "none"):
+        self.out, self.lines, self.tracker = out, lines, Tracker(track, out)
 
-    def add(self, name: str, record: dict) -> None:
-        """Append a line to file `name`."""
+    def add(self, name: str, *records: dict) -> None:
+        """Append lines to file `name`."""
         if rank() == 0:
-            append(self.out / name, record)
-        self.lines[name] = self.lines.get(name, 0) + 1
+            append(self.out / name, *records)
+        if name == "metrics.jsonl":
+            self.tracker.add(*records)
+        self.lines[name] = self.lines.get(name, 0) + len(records)
 
 
 def stopped(error: NonFiniteUpdates, path: Path) -> RunStopped:
@@ -148,57 +152,3 @@ def update_metrics(updates: list[dict]) -> dict:
     averages = {name: value / n_tokens for name, value in totals.items()}
     grad_norm = float(np.mean([u["grad_norm"] for u in taken]))
     return averages | {"grad_norm": grad_norm, "padding": padding} | skipped
-
-
-# --- Trees and curves -------------------------------------------------------------------------------------
-
-
-def describe_tree(due: list, step: int) -> dict:
-    """One tree as text and numbers, for rollouts.jsonl: of mixed outcomes the largest, else the first."""
-    problem = max(due, key=lambda p: p.mixed() * len(p.rollouts))
-    rollouts = []
-    for r in problem.rollouts:
-        row = {"family": r.family, "start": r.start, "reward": r.reward, "finished": r.finished}
-        row |= {"steps": r.step_texts, "step_starts": [start for start, _ in r.steps]}
-        rollouts.append(row | {"fci": r.fci, "advantages": spans(r.advantages)})
-    about = {"step": step, "problem": problem.text, "answers": problem.answers, "branches": problem.branches}
-    return about | {"rollouts": rollouts}
-
-
-def spans(values: list[float]) -> list[list]:
-    """[start, end, value] of each run of equal values.
-
-    >>> spans([0.5, 0.5, -1.0])
-    [[0, 2, 0.5], [2, 3, -1.0]]
-    """
-    starts = [i for i in range(len(values)) if i == 0 or values[i] != values[i - 1]]
-    return [[a, b, values[a]] for a, b in zip(starts, [*starts[1:], len(values)])]
-
-
-def plot_curves(out: Path) -> None:
-    """curves.png from metrics.jsonl: accuracy, entropy, batch composition; rank 0 draws it."""
-    if rank() > 0:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display is needed
-    import matplotlib.pyplot as plt
-
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
-    panels = {
-        "accuracy": ["test_accuracy", "reward"],
-        "shares": ["valid_tokens", "mc_valid", "filtered"],
-        "entropy (nats per token)": ["entropy"],
-        "problems per batch": ["batch_size", "valid_problems"],
-    }
-    for axis, (title, names) in zip(axes.flat, panels.items()):
-        for name in names:
-            points = [(r["total_tokens"] / 1000, r[name]) for r in records if r.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points), label=name, marker="o" if name == "test_accuracy" else None)
-        axis.set(title=title, xlabel="thousand generated tokens", ylim=(0, None))
-        axis.legend(frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out / "curves.png", dpi=120)
-    plt.close(figure)
