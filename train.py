@@ -31,11 +31,11 @@ from plumbing.compare import percent
 from plumbing.engines import SharedEngine, check_engine, make_engine
 from plumbing.grader import Grader
 from plumbing.learner import NonFiniteUpdates, make_learner
+from plumbing.logs import Progress, ProgressBar
 from plumbing.memory_plan import report as memory_plan
 from plumbing.models import load_tokenizer
 from plumbing.problems import Stream, load_data
 from plumbing.processes import any_process, fork_rng, once, rank, world_size
-from plumbing.progress import Progress, ProgressBar
 from plumbing.settings import MAY_CHANGE, MachineConfig, RunStopped, absolute, one_sentence, parse
 from plumbing.trees import describe_trees
 

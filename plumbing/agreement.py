@@ -71,8 +71,7 @@ def verify_sync(engine, learner, prompts, bound: float, n_tokens: int = 16) -> f
 
 
 def mismatch(gaps: list[np.ndarray]) -> dict[str, float]:
-    """How far apart trainer and engine are. gaps: log-prob of the trainer - of the engine of each token, an
-    array per sequence.
+    """How far apart trainer and engine are. gaps: log-prob of trainer - engine per token, by sequence.
 
     engine_gap_mean, engine_gap_max: of |gap| over all tokens, nats. engine_log_ratio: logarithm of the mean
     over sequences of the ratio w = P(trainer) / P(engine) of a whole sequence; 0 if they agree. engine_ess:
@@ -94,27 +93,36 @@ def mismatch(gaps: list[np.ndarray]) -> dict[str, float]:
     }
 
 
-class AlphaHook(fci.StepHook):
-    """Keeps every layer's alpha (Eq. 4) and leaves FCI alone."""
+class AttentionHook(fci.StepHook):
+    """FCI, and the step attention that it is made of, to look at."""
 
-    def __init__(self, step_ids):
-        super().__init__(step_ids)
-        self.alphas: list[torch.Tensor] = []  # (B, H, S, S) each
+    def __init__(self, step_ids, **constants):
+        super().__init__(step_ids, **constants)
+        self.alphas: list[torch.Tensor] = []  # per layer, alpha (B, H, S, S) of Eq. 4
 
     def add_layer(self, query, key, mask, scale) -> None:
+        super().add_layer(query, key, mask, scale)
         self.alphas.append(fci.step_attention(query, key, self.step_ids, self.n_steps, mask, scale))
+
+    def fci(self) -> torch.Tensor:
+        """(B, S, 3 + 2 S) fp32. Of each step k: its FCI; layer and head with the largest y[k] (Eq. 5), from 0;
+        alpha[j, k] of all S steps j, as the maximum over layers and heads; and the same in that one head."""
+        alpha, H = torch.cat(self.alphas, dim=1), self.y[0].shape[1]  # (B, layers x H, S, S)
+        best = torch.cat(self.y, dim=1).argmax(dim=1)  # (B, S)
+        own = alpha.gather(1, best[:, None, None].expand_as(alpha[:, :1]))[:, 0]  # (B, S, S)
+        about = torch.stack([super().fci(), best // H, best % H], dim=-1)
+        return torch.cat([about, alpha.amax(dim=1).mT, own.mT], dim=-1)
 
 
 def check_model(model) -> None:
-    """Raises ValueError if step attention, or the log-probs of `token_logps`, would silently be wrong for
-    this kind of model.
+    """Raises ValueError if step attention or `token_logps` would silently be wrong for this kind of model.
 
     Compares both with the model's own eager attention and logits on a few tokens, each a step of its own,
     for which alpha is attention. Eq. 5 and 6, which forks may change, are not compared.
     """
     name, attention = type(model).__name__, model.config._attn_implementation
     ids = torch.arange(1, 9, device=model.device)[None]
-    hook = AlphaHook(ids - 1)
+    hook = AttentionHook(ids - 1)
     with torch.no_grad():
         if attention in (fci.ATTENTION, models.ATTENTION):
             model(input_ids=ids, use_cache=False, step_hook=hook)

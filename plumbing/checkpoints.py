@@ -92,9 +92,6 @@ def check_room(out: Path, n_parameters: int, run) -> None:
         raise InputError(f"{out} needs {sizes}: {remedy}")
 
 
-# --- Writing ----------------------------------------------------------------------------------------------
-
-
 def save_or_stop(out: Path, step: int, *what) -> None:
     """`save_checkpoint`; where that fails, the half-written one is removed, and RunStopped says why."""
     try:
@@ -108,8 +105,7 @@ def save_or_stop(out: Path, step: int, *what) -> None:
 def save_checkpoint(out: Path, step: int, learner, tokenizer, state: dict, keep: int) -> None:
     """Write checkpoint-STEP aside, then rename it: under its final name a checkpoint is complete.
 
-    Sharded tensors are saved whole. state: plain JSON, all that is neither weights, optimiser nor random
-    state.
+    Sharded tensors are saved whole. state: plain JSON, all but weights, optimiser and random state.
     """
     weights, optimizer = on_rank_0(learner.model.state_dict()), learner.optimizer.state_dict()
     optimizer["state"] = {i: on_rank_0(moments) for i, moments in optimizer["state"].items()}
@@ -162,9 +158,6 @@ def digest(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- Reading ----------------------------------------------------------------------------------------------
 
 
 def checkpoints(out: Path) -> list[Path]:

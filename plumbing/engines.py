@@ -1,7 +1,6 @@
 """Which engine samples, and the engines of all processes as one.
 
-An engine is anything with `generate(requests, temperature, top_p) -> responses`, `load(model)`, `sleep()`
-and `close()`.
+An engine has `generate(requests, temperature, top_p) -> responses`, `load(model)`, `sleep()`, `close()`.
 """
 
 import sys

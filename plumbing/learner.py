@@ -87,9 +87,8 @@ def autocast_dtype(machine: MachineConfig) -> torch.dtype | None:
 class Learner:
     """Scores and trains `model`, in place.
 
-    reference: frozen copy of the initial model, or None for losses that need none. temperature: of all
-    log-probabilities. hook(step_ids) measures FCI. grad_clip: largest gradient norm. Raises ValueError for a
-    model that cannot be scored.
+    reference: frozen copy of the initial model, or None for losses that need none. temperature: of all log-
+    probs. hook(step_ids) measures FCI. grad_clip: largest norm. ValueError for a model that it cannot score.
     """
 
     def __init__(self, model, reference, optimizer, machine, *, temperature=1, hook=StepHook, grad_clip=1.0):
@@ -112,10 +111,8 @@ class Learner:
 
     @torch.no_grad()
     def score(self, sequences: list[Sequence], with_entropy: bool = False, hook=None) -> list[Score]:
-        """Log-probs under the current weights; entropies where asked; FCI if all (not some) have step ids.
-
-        hook(step_ids): measures something else instead, a row of its `fci()` per sequence.
-        """
+        """Log-probs under the current weights; entropies where asked; FCI if all (not some) have step ids, or
+        what `fci()` of another hook(step_ids) returns."""
         self.model.eval()
         found: dict[int, Score] = {}
         for forward in passes([len(s) for s in sequences], self.machine.microbatch_tokens):
@@ -136,13 +133,11 @@ class Learner:
         """One optimiser step. divisors: what the loss of each sequence's tokens is divided by.
 
         loss(logps, ref_logps, **per_token) gets (N,) fp32 tensors over the response tokens of some sequences,
-        those of `Sequence.per_token` by name, and returns the loss (N,) and {name: (N,)} to be logged.
-        ref_logps is None without a reference.
+        ref_logps None without a reference, and returns the loss (N,) and {name: (N,)} to be logged.
 
         Returns sums over response tokens of the undivided loss and of what is to be logged;
         `response_tokens`; `read`, tokens in the forward passes, and `slots`, with padding; `grad_norm` before
-        clipping; `skipped`, 1 if loss or gradient was not finite and the weights stay. NonFiniteUpdates after
-        too many of those in a row.
+        clipping; `skipped`, 1 if loss or gradient was not finite and weights stay. Or NonFiniteUpdates.
         """
         sums = total(self.accumulate(sequences, loss, divisors))
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)).item()

@@ -1,7 +1,6 @@
-"""What a run writes about itself: times, metrics of a step, and the curves.
-docs/metrics.md explains each name.
+"""What a run says about itself: times, lines of logs, the metrics of a step, how far it is.
 
-Problems and rollouts are those of attnrl.py; nothing else in plumbing/ knows them.
+docs/metrics.md explains each name. Problems and rollouts are those of attnrl.py.
 """
 
 import json
@@ -9,17 +8,18 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from plumbing.agreement import mismatch
 from plumbing.checkpoints import append
 from plumbing.learner import NonFiniteUpdates
 from plumbing.processes import rank
 from plumbing.settings import RunStopped
-from plumbing.track import Tracker
 
 
 class Clock:
@@ -38,19 +38,40 @@ class Clock:
 
 
 class Log:
-    """Files of JSON lines, which rank 0 writes. lines: how many each has; a checkpoint keeps that. track: name
-    of the tracker that metrics.jsonl is handed to, too."""
+    """Files of JSON lines, which rank 0 writes. lines: how many each has; a checkpoint keeps that.
+
+    track: name of a tracker that gets the lines of metrics.jsonl, too, or "none".
+    """
 
     def __init__(self, out: Path, lines: dict[str, int], track: str = "none"):
-        self.out, self.lines, self.tracker = out, lines, Tracker(track, out)
+        self.out, self.lines, self.track, self.send = out, lines, track, None
 
     def add(self, name: str, *records: dict) -> None:
         """Append lines to file `name`."""
         if rank() == 0:
             append(self.out / name, *records)
-        if name == "metrics.jsonl":
-            self.tracker.add(*records)
+            if name == "metrics.jsonl" and self.track != "none":
+                self.hand_over(*records)
         self.lines[name] = self.lines.get(name, 0) + len(records)
+
+    def hand_over(self, record: dict) -> None:
+        """Give a line's numbers to the tracker. One that fails gets no more of them, and stops nothing."""
+        try:
+            self.send = self.send or tracker(self.track, self.out)
+            self.send({name: x for name, x in record.items() if isinstance(x, int | float)})
+        except Exception as error:  # the network, a login, a version: each has its own kinds
+            print(f"track={self.track} failed and is left alone ({type(error).__name__}: {error})")
+            self.track = "none"
+
+
+def tracker(name: str, out: Path) -> Callable[[dict], object]:
+    """What takes a line: of "trackio" or "wandb", or of "tensorboard", which writes into the run's directory."""
+    if name == "tensorboard":
+        writer = import_module("torch.utils.tensorboard").SummaryWriter(str(out / name))
+        return lambda line: [writer.add_scalar(key, x, line["step"]) for key, x in line.items()]
+    module = import_module(name)
+    module.init(project="attnrl", name=out.name, config=json.loads((out / "config.json").read_text()))
+    return module.log
 
 
 def stopped(error: NonFiniteUpdates, path: Path) -> RunStopped:
@@ -137,18 +158,63 @@ def batch_metrics(due: list) -> dict:
 
 def update_metrics(updates: list[dict]) -> dict:
     """Averages per token, and grad_norm per update, over the updates not skipped; from their reports."""
-    if not updates:
-        return {}
-    totals: dict[str, float] = defaultdict(float)
-    taken = [u for u in updates if not u["skipped"]]
-    skipped = {"skipped_updates": len(updates) - len(taken)}
+    taken = [report for report in updates if not report["skipped"]]
+    skipped = {"skipped_updates": len(updates) - len(taken)} if updates else {}
     if not taken:
         return skipped
-    for report in taken:
-        for name, value in report.items():
-            totals[name] += value
-    n_tokens, padding = totals.pop("response_tokens"), 1 - totals.pop("read") / totals.pop("slots")
-    del totals["skipped"], totals["grad_norm"]
-    averages = {name: value / n_tokens for name, value in totals.items()}
-    grad_norm = float(np.mean([u["grad_norm"] for u in taken]))
-    return averages | {"grad_norm": grad_norm, "padding": padding} | skipped
+    sums = {name: sum(report[name] for report in taken) for name in taken[0]}
+    n_tokens, read, slots = sums.pop("response_tokens"), sums.pop("read"), sums.pop("slots")
+    about = {"grad_norm": sums.pop("grad_norm") / len(taken), "padding": 1 - read / slots} | skipped
+    return {name: value / n_tokens for name, value in sums.items() if name != "skipped"} | about
+
+
+# --- How far a run is -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """How far a run is; a checkpoint keeps it."""
+
+    step: int = 0  # batches trained on
+    position: int = 0  # in the stream of training problems
+    tokens: int = 0  # generated for training
+    valid_tokens: int = 0  # of sequences with non-zero advantage
+    updates: int = 0  # optimiser steps
+    first_accuracy: float = 0.0  # held out, before training
+    test_accuracy: float = 0.0  # held out, at the last evaluation
+
+    def count(self, new: list, due: list, updates: list[dict]) -> None:
+        """Add what a step did: problems sampled, the batch trained on, the learner's reports."""
+        self.step += bool(due)
+        self.position += len(new)
+        self.tokens += n_generated(new, due)
+        self.valid_tokens += n_valid_tokens(due)
+        self.updates += sum(not report["skipped"] for report in updates)
+
+    def totals(self) -> dict[str, int]:
+        """For metrics.jsonl."""
+        totals = {"total_problems": self.position, "total_updates": self.updates}
+        return totals | {"total_tokens": self.tokens, "total_valid_tokens": self.valid_tokens}
+
+    def enough(self, run, pending: bool = False) -> bool:
+        """Whether nothing new is sampled any more. A pending batch will be the step after this one."""
+        return self.step + pending >= run.steps or 0 < run.token_budget <= self.tokens
+
+
+class ProgressBar(tqdm):
+    """In generated tokens where they are limited, else in steps; rank 0 shows it."""
+
+    def __init__(self, run, progress: Progress):
+        self.token_budget = run.token_budget
+        unit, total = ("token", run.token_budget) if run.token_budget else ("step", run.steps)
+        style = dict(unit=unit, unit_scale=unit == "token", dynamic_ncols=True, disable=rank() > 0)
+        super().__init__(total=total, initial=self._so_far(progress), **style)
+
+    def show(self, progress: Progress, reward: float | None, sampled: int) -> None:
+        """After a step: the number of problems sampled, and their mean reward, None without any."""
+        if reward is not None:
+            self.set_postfix(step=progress.step, reward=f"{reward:.2f}", problems=sampled, refresh=False)
+        self.update(self._so_far(progress) - self.n)
+
+    def _so_far(self, progress: Progress) -> int:
+        return min(progress.tokens, self.token_budget) if self.token_budget else progress.step

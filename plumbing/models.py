@@ -5,14 +5,8 @@ import os
 
 import torch
 import torch.nn.functional as F
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-)
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers.masking_utils import sdpa_mask
 
 import fci
@@ -22,8 +16,7 @@ ATTENTION = "sdpa_with_step_hook_and_shared_cache"  # the name under which trans
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """fci.py's attention; where one token is generated, query heads that share a key use the cache without
-    copies of it.
+    """fci.py's attention; where one token is generated, heads that share a key use the cache without copies.
 
     transformers would copy cached keys and values for each query head. As rows of one attention, they need
     none: generation was 1.8 times faster on a CPU.
@@ -49,7 +42,7 @@ def load_tokenizer(model: str):
     try:
         # Not AutoTokenizer: for some model types it replaces what tokenizer.json says by what the type
         # usually has.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
     except Exception as error:  # transformers raises many kinds, some pages long
         raise ValueError(_cannot_load("tokenizer", model, error)) from None
     if not tokenizer.chat_template:
@@ -61,7 +54,7 @@ def load_tokenizer(model: str):
 def load_model(model: str, dtype: torch.dtype = torch.float32):
     """Causal language model that FCI can look into, on the GPU if there is one. ValueError if it cannot."""
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     except Exception as error:
         raise ValueError(_cannot_load("model", model, error)) from None
     loaded.set_attn_implementation(ATTENTION)  # or it keeps its own, and `check_model` refuses to train it
@@ -97,7 +90,7 @@ def prompt_ids(tokenizer, problem: str) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
-def stop_ids(tokenizer, generation_config: GenerationConfig) -> list[int]:
+def stop_ids(tokenizer, generation_config: transformers.GenerationConfig) -> list[int]:
     """Tokens that end a response: the tokenizer's and those of the model's generation settings."""
     eos = generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})

@@ -37,9 +37,6 @@ def join_processes() -> None:
     print(f"{world_size()} processes")
 
 
-# --- Sharing out ------------------------------------------------------------------------------------------
-
-
 def shares(costs: list[int], n: int) -> list[list[int]]:
     """Indices of `costs` in n shares of about equal cost: costliest first, each to the smallest share so far.
 
@@ -91,9 +88,6 @@ def shared_out(items: list, costs: list[int], work: Callable[[list], list], repl
     own = shares(costs, world_size() // replicas)[rank() // replicas]
     results = union(dict(zip(own, work([items[i] for i in own]))))
     return [results[i] for i in range(len(items))]
-
-
-# --- Sharded tensors and random states --------------------------------------------------------------------
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""report.html: a run, or several, on one page that needs nothing but a browser. plumbing/report.html draws it.
+"""report.html: a run, or several, on one page that needs nothing but a browser; and curves.png.
 
-Here its data are collected: metrics.jsonl, rollouts.jsonl, config.json and source.json of each run.
+Here the page's data are collected from the files of each run; plumbing/report.html draws them.
 """
 
 import hashlib
@@ -38,12 +38,14 @@ def collect(run: Path, room: int) -> dict:
     try:
         config = json.loads((run / "config.json").read_text())
         source = json.loads((run / "source.json").read_text())[-1]
-        metrics = [shorten(json.loads(line)) for line in whole_lines(run / "metrics.jsonl")]
+        no_nan = lambda name: None  # which is not JSON
+        metrics = [json.loads(x, parse_constant=no_nan) for x in whole_lines(run / "metrics.jsonl")]
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {run} ({error}): give the --output_dir of a run of train.py") from None
     lines = whole_lines(run / "rollouts.jsonl") if (run / "rollouts.jsonl").exists() else []
     chosen, size = [], 0
-    for i in sorted(range(len(lines)), key=lambda i: (b'"tokens"' not in lines[i], -i)):  # of evaluations first
+    evaluations_first = lambda i: (b'"tokens"' not in lines[i], -i)  # and the newest
+    for i in sorted(range(len(lines)), key=evaluations_first):
         if not chosen or size + len(lines[i]) <= room:
             chosen.append(i)
             size += len(lines[i])
@@ -58,32 +60,26 @@ def whole_lines(path: Path) -> list[bytes]:
     return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
-def shorten(record: dict) -> dict:
-    """A line of metrics.jsonl, with counts instead of the lists that have an entry per problem."""
-    rewards, mixed = record.pop("problem_initial_reward", []), record.pop("problem_valid", [])
-    record.pop("problem_fci", None)
-    all_right = sum(reward == 1 for reward, is_mixed in zip(rewards, mixed) if not is_mixed)
-    return record | ({"n_problems": len(mixed), "n_all_right": all_right} if mixed else {})
-
-
 def plot_curves(out: Path) -> None:
-    """curves.png from metrics.jsonl: accuracy, entropy, batch composition; rank 0 draws it."""
-    if rank() > 0:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display is needed
-    import matplotlib.pyplot as plt
+    """curves.png from metrics.jsonl, over generated tokens, with what was run in its title."""
+    from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    config, last = json.loads((out / "config.json").read_text()), records[-1]
+    for name in ("entropy", "response_tokens"):
+        measured = [r for r in records if r.get(name) is not None]
+        for r in measured:
+            r[f"{name} / first"] = r[name] / measured[0][name] if measured[0][name] else None
     panels = {
         "accuracy": ["test_accuracy", "reward"],
         "shares": ["valid_tokens", "mc_valid", "filtered"],
-        "entropy (nats per token)": ["entropy"],
         "problems per batch": ["batch_size", "valid_problems"],
+        "entropy (nats per token)": ["entropy"],
+        "length (tokens per response)": ["response_tokens", "test_tokens"],
+        "drift since the first step": ["entropy / first", "response_tokens / first"],
     }
-    for axis, (title, names) in zip(axes.flat, panels.items()):
+    figure = Figure(figsize=(13, 6.8), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(2, 3).flat, panels.items()):
         for name in names:
             points = [(r["total_tokens"] / 1000, r[name]) for r in records if r.get(name) is not None]
             if points:
@@ -91,5 +87,6 @@ def plot_curves(out: Path) -> None:
                 axis.legend(frameon=False)
         axis.set(title=title, xlabel="thousand generated tokens", ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
+    model, so_far = Path(config["model"]).name, f"step {last['step']}, {last['total_tokens']:,} tokens"
+    figure.suptitle(f"{config['algo']} on {model}, seed {config['seed']}: {so_far}")
     figure.savefig(out / "curves.png", dpi=120)
-    plt.close(figure)

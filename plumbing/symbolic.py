@@ -1,9 +1,7 @@
-"""Symbolic equality of answers: Math-Verify in worker processes with limits on time and memory. This file
-is also their program.
+"""Symbolic equality: Math-Verify in worker processes, whose program this is, with limits on time and memory.
 
 The limits: Linux; macOS has the time limit alone. In the trainer itself only an alarm signal in the main
-thread could stop a comparison that hangs. Nothing heavy is imported here, so that a worker starts fast and
-fits into its memory limit.
+thread could stop a comparison that hangs. Nothing heavy is imported, so that a worker starts fast and fits.
 """
 
 import contextlib

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from plumbing.memory_plan import at_once, shape_of, vllm_cache
+from plumbing.memory_plan import shape_of
 from plumbing.models import stop_ids
 from plumbing.nouns import Request, Response
 from plumbing.processes import full_weights, world_size
@@ -42,8 +42,8 @@ class VLLMEngine:
             ways |= dict(logprobs_mode="processed_logprobs", enable_sleep_mode=sleep_mode)
             if torch.cuda.is_available():
                 shape, card = shape_of(model_name), torch.cuda.get_device_properties(0).total_memory
-                cache = vllm_cache(shape, gpu_memory * card * n_gpus)
-                sizes |= dict(max_num_seqs=at_once(shape, cache, max_tokens))
+                cache = shape.vllm_cache(gpu_memory * card * n_gpus)
+                sizes |= dict(max_num_seqs=shape.at_once(cache, max_tokens))
             threads = torch.get_num_threads()
             self.llm = LLM(model_name, **sizes, **ways)
             torch.set_num_threads(threads)  # vLLM may have set one, for the trainer, too
