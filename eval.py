@@ -25,12 +25,11 @@ from transformers.utils import logging
 
 from plumbing.answers import boxed_answer, equal
 from plumbing.checkpoints import closing_directories, open_directory
-from plumbing.compare import HEADER, compare, table_row
 from plumbing.engines import make_engine, resolve_engine
+from plumbing.evaluations import HEADER, SampleFile, compare, describe, table_row
 from plumbing.models import context_length, load_tokenizer, prompt_ids
 from plumbing.nouns import Request
 from plumbing.problems import load_problems
-from plumbing.samples import SampleFile, describe
 from plumbing.settings import MachineConfig
 from plumbing.symbolic import MAX_ANSWER_CHARS, WORKERS
 

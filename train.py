@@ -27,8 +27,8 @@ from eval import average, evaluate, grade
 from plumbing import checkpoints, logs, report
 from plumbing.agreement import verify_sync
 from plumbing.command import run_command
-from plumbing.compare import percent
 from plumbing.engines import SharedEngine, check_engine, make_engine
+from plumbing.evaluations import percent
 from plumbing.grader import Grader
 from plumbing.learner import NonFiniteUpdates, make_learner
 from plumbing.logs import Progress, ProgressBar
@@ -37,7 +37,6 @@ from plumbing.models import load_tokenizer
 from plumbing.problems import Stream, load_data
 from plumbing.processes import any_process, fork_rng, once, rank, world_size
 from plumbing.settings import MAY_CHANGE, MachineConfig, RunStopped, absolute, one_sentence, parse
-from plumbing.trees import describe_trees
 
 HERE = Path(__file__).parent
 
@@ -232,7 +231,7 @@ def train(run: RunConfig, method: MethodConfig, stop=lambda: False) -> None:
             progress.test_accuracy = record["test_accuracy"]
             bar.write(f"step {progress.step:4d}: {solved(record)}")
         log.add("metrics.jsonl", record)
-        log.add("rollouts.jsonl", *describe_trees(due, progress.step, trainer if evaluated else None))
+        log.add("rollouts.jsonl", *report.describe_trees(due, progress.step, trainer if evaluated else None))
 
         # ---- save
         stopping = any_process(stop())  # asked once, so that a run that stops has saved

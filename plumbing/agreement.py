@@ -3,8 +3,7 @@
 An engine with a copy of the weights and kernels of its own is never quite the policy that is trained. How
 far apart the two are is measured on every sampled token (`mismatch`), a run stops when they are further
 apart than rounding explains (`check_gap`), and before anything is trained it is shown that a push reaches
-every weight (`verify_sync`). `check_model` compares what scoring computes with the model's own eager pass.
-"""
+every weight (`verify_sync`). `check_model` compares what scoring computes with the model's own eager pass."""
 
 import numpy as np
 import torch
@@ -21,19 +20,16 @@ class EngineMismatch(RuntimeError):
 
 
 def check_gap(gaps: list[np.ndarray], bound: float, when: str, source: str = "max_engine_gap") -> None:
-    """Raises EngineMismatch if the mean |gap| per token exceeds `bound`, nats.
-
-    gaps: log-prob of trainer - engine per token, an array per sequence. when, source: for the message.
-    """
+    """Raises EngineMismatch if the mean |gap| per token exceeds `bound`, nats. gaps: log-prob of trainer -
+    engine per token, an array per sequence. when, source: for the message."""
     if not gaps:
         return
     gap = np.abs(np.concatenate(gaps)).mean()
     if not gap <= bound:  # a gap of NaN, too, is a mismatch
-        raise EngineMismatch(
-            f"{when} the engine's log-probs differ from the trainer's by {gap:.3g} nats per token, "
-            f"{source} allows {bound:.3g}: most likely weights that were pushed did not all arrive; "
-            "pass --engine torch, or raise the bound if the kernels are that coarse"
-        )
+        found = f"{when} the engine's log-probs differ from the trainer's by {gap:.3g} nats per token"
+        cause = f"{source} allows {bound:.3g}: most likely weights that were pushed did not all arrive"
+        remedy = "pass --engine torch, or raise the bound if the kernels are that coarse"
+        raise EngineMismatch(f"{found}, {cause}; {remedy}")
 
 
 def verify_sync(engine, learner, prompts, bound: float, n_tokens: int = 16) -> float:
@@ -44,8 +40,7 @@ def verify_sync(engine, learner, prompts, bound: float, n_tokens: int = 16) -> f
     wrong sign for the network around it. Comparing after a real update would prove nothing: at lr 1e-6 it
     moves log-probs less than bf16 does. Rounding moves a negated network further than a trained one, so its
     gap is held against that to the weights from before the push, on the same tokens. A tensor of zeros stays
-    unproven. torch's random state is kept, which also rules vLLM's. Raises EngineMismatch.
-    """
+    unproven. torch's random state is kept, which also rules vLLM's. Raises EngineMismatch."""
     model, requests = learner.model, [Request(ids, n_tokens) for ids in prompts]
 
     def gap_of(responses) -> np.ndarray:
@@ -105,7 +100,7 @@ class AttentionHook(fci.StepHook):
         self.alphas.append(fci.step_attention(query, key, self.step_ids, self.n_steps, mask, scale))
 
     def fci(self) -> torch.Tensor:
-        """(B, S, 3 + 2 S) fp32. Of each step k: its FCI; layer and head with the largest y[k] (Eq. 5), from 0;
+        """(B, S, 3 + 2 S) fp32. Of each step k: its FCI; layer and head of the largest y[k] (Eq. 5), from 0;
         alpha[j, k] of all S steps j, as the maximum over layers and heads; and the same in that one head."""
         alpha, H = torch.cat(self.alphas, dim=1), self.y[0].shape[1]  # (B, layers x H, S, S)
         best = torch.cat(self.y, dim=1).argmax(dim=1)  # (B, S)
@@ -118,8 +113,7 @@ def check_model(model) -> None:
     """Raises ValueError if step attention or `token_logps` would silently be wrong for this kind of model.
 
     Compares both with the model's own eager attention and logits on a few tokens, each a step of its own,
-    for which alpha is attention. Eq. 5 and 6, which forks may change, are not compared.
-    """
+    for which alpha is attention. Eq. 5 and 6, which forks may change, are not compared."""
     name, attention = type(model).__name__, model.config._attn_implementation
     ids = torch.arange(1, 9, device=model.device)[None]
     hook = AttentionHook(ids - 1)
@@ -139,6 +133,5 @@ def check_model(model) -> None:
         raise ValueError(f"{name} attends in ways that FCI does not see: {reason}")
     expected = eager.logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
     if not torch.allclose(ours, expected, atol=1e-2):
-        raise ValueError(
-            f"{name} soft-caps or scales its logits after the output layer, which token_logps does not do"
-        )
+        does = "soft-caps or scales its logits after the output layer, which token_logps does not do"
+        raise ValueError(f"{name} {does}")

@@ -9,8 +9,7 @@ by element) and, for what that does not settle, Math-Verify (symbolic.py). Other
 - Math-Verify takes the last letter of `6m` for a unit, R for r, and drops the base of 52_8. Here gold answers
   keep their letters (an answer may add a unit), R and r differ where both occur, and another base is wrong (a
   missing one is not).
-- Model output can blow up sympy (`9^{9^{9^9}}`), so Math-Verify runs in workers with limits.
-"""
+- Model output can blow up sympy (`9^{9^{9^9}}`), so Math-Verify runs in workers with limits."""
 
 import re
 from fractions import Fraction
@@ -107,8 +106,7 @@ def elements(answer: str) -> tuple[str, list[str]] | None:
 
 def equal(gold: str, answer: str, symbolic: bool = True) -> bool:
     """Whether two answers are the same: as strings, numbers, element by element, or for Math-Verify if
-    `symbolic`. Raises TimeoutError if that is given up.
-    """
+    `symbolic`. Raises TimeoutError if that is given up."""
     gold, answer = (re.sub(r"\\?\$", "", text).strip() for text in (gold, answer))
     a, b = normalise(gold), normalise(answer)
     if a == b:

@@ -2,10 +2,8 @@
 
 What `attnrl.py` need not know is here: packing sequences into forward passes, chunks of logits, autocast,
 gradient checkpointing, sharding over processes (FSDP2), and updates that are skipped because something was
-not finite. The gradient does not depend on how a minibatch is packed.
-"""
+not finite. The gradient does not depend on how a minibatch is packed."""
 
-import contextlib
 import functools
 import math
 from collections import defaultdict
@@ -65,8 +63,7 @@ def passes(lengths: list[int], budget: int) -> list[Pass]:
 def shard(model) -> None:
     """Split weights, gradients and the optimiser's state over the processes (FSDP2), if there are several.
 
-    A layer's weights are gathered, in their own dtype, when it runs: all must run the model equally often.
-    """
+    A layer's weights are gathered, in their own dtype, when it runs: all must run the model equally often."""
     if world_size() == 1:
         return
     for module in model.modules():
@@ -88,8 +85,7 @@ class Learner:
     """Scores and trains `model`, in place.
 
     reference: frozen copy of the initial model, or None for losses that need none. temperature: of all log-
-    probs. hook(step_ids) measures FCI. grad_clip: largest norm. ValueError for a model that it cannot score.
-    """
+    probs. hook(step_ids) measures FCI. grad_clip: largest norm. ValueError for a model it cannot score."""
 
     def __init__(self, model, reference, optimizer, machine, *, temperature=1, hook=StepHook, grad_clip=1.0):
         check_model(model)
@@ -100,9 +96,8 @@ class Learner:
 
     def autocast(self):
         """The context of all forward passes."""
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.model.device.type, self.autocast_dtype)
+        wanted = self.autocast_dtype is not None
+        return torch.autocast(self.model.device.type, self.autocast_dtype, enabled=wanted)
 
     def logps(self, model, batch: list[Sequence], step_hook=None, with_entropy: bool = False):
         """`token_logps` of a batch of sequences."""
@@ -137,8 +132,7 @@ class Learner:
 
         Returns sums over response tokens of the undivided loss and of what is to be logged;
         `response_tokens`; `read`, tokens in the forward passes, and `slots`, with padding; `grad_norm` before
-        clipping; `skipped`, 1 if loss or gradient was not finite and weights stay. Or NonFiniteUpdates.
-        """
+        clipping; `skipped`, 1 if loss or gradient was not finite and weights stay. Or NonFiniteUpdates."""
         sums = total(self.accumulate(sequences, loss, divisors))
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)).item()
         finite = math.isfinite(norm) and math.isfinite(sums["loss"])

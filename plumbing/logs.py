@@ -1,7 +1,6 @@
 """What a run says about itself: times, lines of logs, the metrics of a step, how far it is.
 
-docs/metrics.md explains each name. Problems and rollouts are those of attnrl.py.
-"""
+docs/metrics.md explains each name. Problems and rollouts are those of attnrl.py."""
 
 import json
 import time
@@ -39,9 +38,7 @@ class Clock:
 
 class Log:
     """Files of JSON lines, which rank 0 writes. lines: how many each has; a checkpoint keeps that.
-
-    track: name of a tracker that gets the lines of metrics.jsonl, too, or "none".
-    """
+    track: name of a tracker that gets the lines of metrics.jsonl, too, or "none"."""
 
     def __init__(self, out: Path, lines: dict[str, int], track: str = "none"):
         self.out, self.lines, self.track, self.send = out, lines, track, None
@@ -65,7 +62,7 @@ class Log:
 
 
 def tracker(name: str, out: Path) -> Callable[[dict], object]:
-    """What takes a line: of "trackio" or "wandb", or of "tensorboard", which writes into the run's directory."""
+    """What takes a line: of "trackio", "wandb", or "tensorboard", which writes into the run's directory."""
     if name == "tensorboard":
         writer = import_module("torch.utils.tensorboard").SummaryWriter(str(out / name))
         return lambda line: [writer.add_scalar(key, x, line["step"]) for key, x in line.items()]
@@ -79,11 +76,7 @@ def stopped(error: NonFiniteUpdates, path: Path) -> RunStopped:
     reason, sequences = error.args
     if rank() == 0:
         path.write_text(json.dumps([asdict(s) for s in sequences]))
-    remedy = "to skip more, raise --max_skipped_updates"
-    return RunStopped(f"{reason}, see {path} for the last one's rollouts; {remedy}")
-
-
-# --- Metrics of a step ------------------------------------------------------------------------------------
+    return RunStopped(f"{reason}, see {path} for its rollouts; to skip more, raise --max_skipped_updates")
 
 
 def sampled(new: list, due: list) -> list:
@@ -163,12 +156,11 @@ def update_metrics(updates: list[dict]) -> dict:
     if not taken:
         return skipped
     sums = {name: sum(report[name] for report in taken) for name in taken[0]}
-    n_tokens, read, slots = sums.pop("response_tokens"), sums.pop("read"), sums.pop("slots")
-    about = {"grad_norm": sums.pop("grad_norm") / len(taken), "padding": 1 - read / slots} | skipped
-    return {name: value / n_tokens for name, value in sums.items() if name != "skipped"} | about
-
-
-# --- How far a run is -------------------------------------------------------------------------------------
+    n_tokens, padding = sums.pop("response_tokens"), 1 - sums.pop("read") / sums.pop("slots")
+    del sums["skipped"], sums["grad_norm"]
+    grad_norm = float(np.mean([report["grad_norm"] for report in taken]))
+    averages = {name: value / n_tokens for name, value in sums.items()}
+    return averages | {"grad_norm": grad_norm, "padding": padding} | skipped
 
 
 @dataclass

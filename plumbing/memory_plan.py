@@ -3,8 +3,7 @@
 Nothing is loaded but config.json; parameters are counted on torch's meta device. Every function returns bytes
 (1 GB = 1e9) by a formula that tests/test_memory_plan.py holds against measured allocations. The activations
 are those of a decoder layer with two RMSNorms and a gated MLP (Llama, Qwen2, Mistral, ...); in other families
-they are an estimate. Not counted: allocator fragmentation, the CUDA context and NCCL, together a few GB.
-"""
+they are an estimate. Not counted: allocator fragmentation, the CUDA context and NCCL, together a few GB."""
 
 from dataclasses import dataclass
 
@@ -60,8 +59,7 @@ class Shape:
         fp32 whatever the autocast: the input x of each of two norms and x / rms(x), 4 D; log-sum-exp of the
         attention, H; 1 / rms, 2. In the dtype of matrix products: queries and the attention's output, 2 H d;
         keys and values, 2 H_kv d; the MLP's gate, activation, other branch and their product, 4 M; weighted
-        norms, 2 D, which autocast casts for each of its 5 users.
-        """
+        norms, 2 D, which autocast casts for each of its 5 users."""
         bytes_each, norm_outputs = (BF16, 5) if autocast else (FP32, 2)
         product = norm_outputs * self.width + 2 * (self.heads + self.kv_heads) * self.head_dim + 4 * self.mlp
         return (FP32 * (4 * self.width + self.heads + 2) + bytes_each * product) * tokens
@@ -81,8 +79,7 @@ class Shape:
     def logits_backward(self, chunk: int, autocast: bool) -> int:
         """Backward: log-probs and two gradients beside the output layer's; then it, the chunk's and the sum.
 
-        Under autocast these weight gradients are bf16, and a bf16 copy of the weight is beside the logits.
-        """
+        Under autocast these weight gradients are bf16, and a bf16 copy of the weight is beside the logits."""
         c, w = FP32 * chunk * self.vocabulary, (BF16 if autocast else FP32) * self.vocabulary * self.width
         return max(3 * c + 2 * w, c // 2 + 3 * w) if autocast else max(3 * c + w, 3 * w)
 
@@ -100,7 +97,7 @@ class Shape:
 
     def at_once(self, cache: int, longest: int) -> int:
         """Responses that vLLM samples at once: twice what its cache holds at full length, since one under way
-        has half of that on average. It would drop some of more, and read them again. vLLM's limit is 1,024."""
+        has half of that on average. It would drop some of more, and read them again. Its limit is 1,024."""
         return min(1024, max(1, 2 * cache // (self.kv_token() * longest)))
 
 
@@ -135,8 +132,7 @@ def plan(s: Shape, run, method, card: float) -> dict[str, list[int]]:
     """Bytes of every part in each of PHASES. run, method: RunConfig, MethodConfig; card: bytes of GPU memory.
 
     In a column all rows count as alive at once: of sampling and scoring, which take turns, one is then
-    counted too high, by less than a row of it.
-    """
+    counted too high, by less than a row of it."""
     longest = method.max_prompt_tokens + method.max_response_tokens
     tokens, autocast, chunk = max(run.microbatch_tokens, longest), run.autocast != "none", run.logit_chunk
     whole, layer = casts(s.linear, autocast), casts(s.layer, autocast)

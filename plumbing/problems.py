@@ -24,8 +24,7 @@ def load_problems(source: str, split="train") -> list[dict]:
     """[{"problem": str, "answers": [str, ...]}] of a benchmark of the paper, a .jsonl, .json or .parquet file
     or a hub dataset, with columns `problem` and `answer`: text, a number, or a list of them.
 
-    `split` is for the hub only. Raises ValueError, one sentence with the value and the remedy.
-    """
+    `split` is for the hub only. Raises ValueError, one sentence with the value and the remedy."""
     source, problem, answer = BENCHMARKS.get(source, (source, "problem", "answer"))
     try:
         rows = _read_rows(source, split)
@@ -80,9 +79,8 @@ def _problem(row: object, where: str, problem: str, answer: str) -> dict:
 
 def with_prompts(problems: list[dict], name: str, tokenizer, longest: int, consequence: str) -> list[dict]:
     """Problems with their `prompt_ids`; prints how many prompts are too long. ValueError if all are."""
-    found = []
-    for p in tqdm(problems, desc=name, delay=2, disable=rank() > 0):
-        found.append(p | {"prompt_ids": prompt_ids(tokenizer, p["problem"])})
+    bar = tqdm(problems, desc=name, delay=2, disable=rank() > 0)
+    found = [p | {"prompt_ids": prompt_ids(tokenizer, p["problem"])} for p in bar]
     n_long, limit = sum(len(p["prompt_ids"]) > longest for p in found), f"max_prompt_tokens={longest}"
     if n_long == len(found):
         raise ValueError(f"no prompt of {name} fits into {limit}: raise it")

@@ -1,25 +1,84 @@
-"""report.html: a run, or several, on one page that needs nothing but a browser; and curves.png.
+"""What a run shows: trees in rollouts.jsonl, curves.png, and report.html, a page that needs only a browser.
 
-Here the page's data are collected from the files of each run; plumbing/report.html draws them.
-"""
+docs/metrics.md explains each name. The trees of an evaluation are scored once more, after the step, so that
+training pays nothing for step attention. plumbing/report.html draws what is collected here."""
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 
-from plumbing.checkpoints import write_whole
+from fci import fci_of_response, step_ids_of
+from plumbing.agreement import AttentionHook
+from plumbing.checkpoints import whole_lines, write_whole
+from plumbing.nouns import Score, Sequence
 from plumbing.processes import rank
-from plumbing.settings import InputError
+from plumbing.settings import InputError, refuse_if
 
-TEMPLATE = Path(__file__).with_suffix(".html")
 ROOM = 4_000_000  # bytes of trees on a page, which should stay quick to open; one tree is always there
+TREES = 3  # with everything, at an evaluation
+MAX_STEPS = 256  # of a response whose step attention is kept, T x T numbers: a step may be a single token
+
+
+def describe_trees(due: list, step: int, trainer=None) -> list[dict]:
+    """Lines of rollouts.jsonl: of problems with mixed outcomes the one with the most leaves, else the first.
+
+    With a trainer (AttnRL) TREES of them, with everything, for which all processes must call it."""
+    lines = []
+    for p in sorted(due, key=lambda p: -p.mixed() * len(p.rollouts))[: TREES if trainer else 1]:
+        rows = [short_form(r) for r in p.rollouts]
+        for row, r, score in zip(rows, p.rollouts, score_again(p, trainer) if trainer else []):
+            row |= full_form(r, score, trainer.token_text)
+        about = {"step": step, "problem": p.text, "answers": p.answers, "branches": p.branches}
+        lines.append(about | {"rollouts": rows})
+    return lines
+
+
+def score_again(problem, trainer) -> list[Score]:
+    """Entropies and what AttentionHook measures of every rollout, under the current weights."""
+    hook = partial(AttentionHook, delta=trainer.cfg.fci_delta, later=trainer.cfg.fci_later)
+    step_ids = lambda r: [min(k, MAX_STEPS) for k in step_ids_of(len(problem.prompt_ids), r.steps)]
+    sequences = [Sequence(problem.prompt_ids, r.ids, step_ids(r)) for r in problem.rollouts]
+    return trainer.learner.score(sequences, with_entropy=True, hook=hook)
+
+
+def short_form(r) -> dict:
+    """A rollout in text and numbers."""
+    row = {"family": r.family, "start": r.start, "length": len(r.ids), "reward": r.reward}
+    row |= {"finished": r.finished, "steps": r.step_texts, "step_starts": [start for start, _ in r.steps]}
+    return row | {"fci": r.fci, "advantages": spans(r.advantages)}
+
+
+def full_form(r, score: Score, token_text) -> dict:
+    """What a tree with everything adds: numbers of the rollout's own tokens, attention between its steps."""
+    digits = lambda values: [round(float(x), 4) for x in values]
+    row = {"tokens": [token_text(i) for i in r.ids[r.start :]], "logps": digits(r.logps[r.start :])}
+    row["engine_gaps"] = [float(f"{gap:.2g}") for gap in r.gaps()]  # around 1e-7 where the two agree
+    row["entropies"] = digits((r.entropies or score.entropies)[r.start :])
+    T, S = len(r.steps), len(score.fci)
+    if T > MAX_STEPS:
+        return row
+    row |= {"fci_again": digits(fci_of_response(score.fci[:, 0], r.n_scored, T))}
+    row |= {"heads": [[int(layer), int(head)] for layer, head in score.fci[1 : T + 1, 1:3]]}
+    largest, own = score.fci[:, 3 : 3 + S], score.fci[:, 3 + S :]  # (S, S) each, alpha[j, k] at [k, j]
+    later = lambda alpha: [digits(alpha[k, k + 1 : T + 1]) for k in range(1, T + 1)]  # steps j > k
+    return row | {"attention": later(largest), "head_attention": later(own)}
+
+
+def spans(values: list[float]) -> list[list]:
+    """[start, end, value] of each run of equal values.
+
+    >>> spans([0.5, 0.5, -1.0])
+    [[0, 2, 0.5], [2, 3, -1.0]]
+    """
+    starts = [i for i in range(len(values)) if i == 0 or values[i] != values[i - 1]]
+    return [[a, b, values[a]] for a, b in zip(starts, [*starts[1:], len(values)])]
 
 
 def write(runs: list[Path], path: Path) -> None:
     """Write the page of these runs' directories. Raises InputError where one lacks a file, or OSError."""
-    data = json.dumps({"runs": [collect(run, ROOM // len(runs)) for run in runs]})
-    # In a script, "<" could end it.
-    write_whole(path, TEMPLATE.read_text("utf-8").replace("{{DATA}}", data.replace("<", "\\u003c")))
+    data = json.dumps({"runs": [collect(run, ROOM // len(runs)) for run in runs]}).replace("<", "\\u003c")
+    write_whole(path, Path(__file__).with_suffix(".html").read_text("utf-8").replace("{{DATA}}", data))
 
 
 def draw(out: Path) -> None:
@@ -36,28 +95,22 @@ def draw(out: Path) -> None:
 def collect(run: Path, room: int) -> dict:
     """What the page says of a run, as plain JSON. room: bytes of trees."""
     try:
-        config = json.loads((run / "config.json").read_text())
-        source = json.loads((run / "source.json").read_text())[-1]
-        no_nan = lambda name: None  # which is not JSON
-        metrics = [json.loads(x, parse_constant=no_nan) for x in whole_lines(run / "metrics.jsonl")]
+        config, sources = (json.loads((run / f"{name}.json").read_text()) for name in ("config", "source"))
+        no_nan = dict(parse_constant=lambda name: None)  # nor infinity: browsers want JSON
+        metrics = [json.loads(line, **no_nan) for line in whole_lines(run / "metrics.jsonl")]
+        refuse_if(not metrics, "metrics.jsonl has no line")
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {run} ({error}): give the --output_dir of a run of train.py") from None
-    lines = whole_lines(run / "rollouts.jsonl") if (run / "rollouts.jsonl").exists() else []
-    chosen, size = [], 0
+    lines, chosen, size = whole_lines(run / "rollouts.jsonl"), [], 0
     evaluations_first = lambda i: (b'"tokens"' not in lines[i], -i)  # and the newest
     for i in sorted(range(len(lines)), key=evaluations_first):
         if not chosen or size + len(lines[i]) <= room:
             chosen.append(i)
             size += len(lines[i])
-    digest = hashlib.sha256(json.dumps(source.pop("files")).encode()).hexdigest()[:16]
-    about = {"name": run.resolve().name, "config": config, "source": source | {"digest": digest}}
+    digest = hashlib.sha256(json.dumps(sources[-1].pop("files")).encode()).hexdigest()[:16]
+    about = {"name": run.resolve().name, "config": config, "source": sources[-1] | {"digest": digest}}
     trees = [json.loads(lines[i]) for i in sorted(chosen)]
     return about | {"metrics": metrics, "trees": trees, "left_out": len(lines) - len(chosen)}
-
-
-def whole_lines(path: Path) -> list[bytes]:
-    """Lines of a file that a run may be writing to."""
-    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def plot_curves(out: Path) -> None:
@@ -66,24 +119,22 @@ def plot_curves(out: Path) -> None:
 
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     config, last = json.loads((out / "config.json").read_text()), records[-1]
-    for name in ("entropy", "response_tokens"):
-        measured = [r for r in records if r.get(name) is not None]
-        for r in measured:
-            r[f"{name} / first"] = r[name] / measured[0][name] if measured[0][name] else None
     panels = {
         "accuracy": ["test_accuracy", "reward"],
         "shares": ["valid_tokens", "mc_valid", "filtered"],
         "problems per batch": ["batch_size", "valid_problems"],
         "entropy (nats per token)": ["entropy"],
         "length (tokens per response)": ["response_tokens", "test_tokens"],
-        "drift since the first step": ["entropy / first", "response_tokens / first"],
+        "drift: ratio to the first step": ["entropy", "response_tokens"],
     }
     figure = Figure(figsize=(13, 6.8), layout="constrained")
     for axis, (title, names) in zip(figure.subplots(2, 3).flat, panels.items()):
         for name in names:
             points = [(r["total_tokens"] / 1000, r[name]) for r in records if r.get(name) is not None]
             if points:
-                axis.plot(*zip(*points), label=name, marker="o" if name == "test_accuracy" else None)
+                unit = points[0][1] if title.startswith("drift") else 1
+                dots = {"marker": "o"} if name == "test_accuracy" else {}
+                axis.plot(*zip(*((x, y / unit) for x, y in points)), label=name, **dots)
                 axis.legend(frameon=False)
         axis.set(title=title, xlabel="thousand generated tokens", ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)

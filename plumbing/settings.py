@@ -3,7 +3,6 @@
 import contextlib
 import math
 from dataclasses import dataclass, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -42,17 +41,13 @@ class MachineConfig:
     logit_chunk: int = HfArg(default=1024, help="tokens whose logits exist at once")
     max_skipped_updates: int = HfArg(default=3, help="updates in a row, not finite, that stop a run")
     threads: int = HfArg(default=0, help="CPU threads; 0: torch's choice")
-    track: Literal["none", "trackio", "wandb", "tensorboard"] = HfArg(
-        default="none", help="gets metrics, too"
-    )
+    track: Literal["none", "trackio", "wandb", "tensorboard"] = HfArg(default="none", help="gets metrics")
     plan: bool = HfArg(default=False, help="print the GPU memory that is needed, and stop; loads no weights")
     gpu_gb: float = HfArg(default=0, help="for --plan, the GPU's memory in GB; 0: of the one there, else 80")
 
     def check(self, may_be_zero: set[str]) -> None:
         """Raises ValueError for an impossible number. may_be_zero: fields of a subclass that may be 0."""
         check_signs(self, may_be_zero | {"threads", "gpu_gb"})
-        missing = self.track != "none" and not find_spec(self.track)
-        refuse_if(missing, f"track={self.track} is not installed: try `pip install {self.track}`")
         refuse_if(self.gpu_memory > 1, f"gpu_memory is a share of the GPU, at most 1, got {self.gpu_memory}")
 
 

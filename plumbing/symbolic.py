@@ -1,8 +1,7 @@
 """Symbolic equality: Math-Verify in worker processes, whose program this is, with limits on time and memory.
 
 The limits: Linux; macOS has the time limit alone. In the trainer itself only an alarm signal in the main
-thread could stop a comparison that hangs. Nothing heavy is imported, so that a worker starts fast and fits.
-"""
+thread could stop a comparison that hangs. Nothing heavy is imported: workers must start fast and fit."""
 
 import contextlib
 import json
@@ -25,8 +24,7 @@ class SymbolicChecker:
 
     Subprocesses and not `multiprocessing`: its spawn runs the main module again in the child, and train.py
     imports torch. A worker ends by itself when its input closes, and its own alarm clock ends it when a
-    question takes too long, so neither a hung comparison nor a killed trainer leaves a process behind.
-    """
+    question takes too long, so neither a hung comparison nor a killed trainer leaves a process behind."""
 
     def __init__(self) -> None:
         self.timeouts = 0  # questions given up because their worker ran into a limit or died
@@ -37,8 +35,7 @@ class SymbolicChecker:
     def equal(self, gold: str, answer: str) -> bool:
         """Whether two LaTeX answers are equal. TimeoutError if the worker does not survive the question.
 
-        RuntimeError if a worker does not start, as without Math-Verify: grading all wrong would be worse.
-        """
+        RuntimeError if a worker does not start, as without Math-Verify: grading all wrong would be worse."""
         if max(len(gold), len(answer)) > MAX_ANSWER_CHARS:
             return False
         with self._free:
@@ -105,9 +102,8 @@ def serve_symbolic() -> None:
 
     logging.disable(logging.CRITICAL)  # Math-Verify warns about every answer it cannot parse
     replies, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not write into the replies
-    keep_units = NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
-    )
+    rules = dict(basic_latex=True, malformed_operators=True, nits=True, boxed="all", equations=False)
+    keep_units = NormalizationConfig(**rules, units=False)
     literal = [LatexExtractionConfig(normalization_config=keep_units), ExprExtractionConfig()]
     sys.stdin.readline()
     print("ready", file=replies, flush=True)

@@ -20,8 +20,7 @@ class VLLMEngine:
 
     max_tokens: longest prompt plus its budget. gpu_memory: share of each of n_gpus for weights and cache.
     sleep_mode: let `sleep` hand that share back until the next `load` (CUDA only). Raises ValueError in one
-    sentence if vLLM does not start. Prefix caching serves requests of one call that share a prefix.
-    """
+    sentence if vLLM does not start. Prefix caching serves requests of one call that share a prefix."""
 
     def __init__(self, model_name, tokenizer, max_tokens, seed=0, gpu_memory=0.4, sleep_mode=False, n_gpus=1):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: weights are handed over as they are
