@@ -5,6 +5,8 @@ far apart the two are is measured on every sampled token (`mismatch`), a run sto
 apart than rounding explains (`check_gap`), and before anything is trained it is shown that a push reaches
 every weight (`verify_sync`). `check_model` compares what scoring computes with the model's own eager pass."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 
@@ -88,39 +90,18 @@ def mismatch(gaps: list[np.ndarray]) -> dict[str, float]:
     }
 
 
-class AttentionHook(fci.StepHook):
-    """FCI, and the step attention that it is made of, to look at."""
-
-    def __init__(self, step_ids, **constants):
-        super().__init__(step_ids, **constants)
-        self.alphas: list[torch.Tensor] = []  # per layer, alpha (B, H, S, S) of Eq. 4
-
-    def add_layer(self, query, key, mask, scale) -> None:
-        super().add_layer(query, key, mask, scale)
-        self.alphas.append(fci.step_attention(query, key, self.step_ids, self.n_steps, mask, scale))
-
-    def fci(self) -> torch.Tensor:
-        """(B, S, 3 + 2 S) fp32. Of each step k: its FCI; layer and head of the largest y[k] (Eq. 5), from 0;
-        alpha[j, k] of all S steps j, as the maximum over layers and heads; and the same in that one head."""
-        alpha, H = torch.cat(self.alphas, dim=1), self.y[0].shape[1]  # (B, layers x H, S, S)
-        best = torch.cat(self.y, dim=1).argmax(dim=1)  # (B, S)
-        own = alpha.gather(1, best[:, None, None].expand_as(alpha[:, :1]))[:, 0]  # (B, S, S)
-        about = torch.stack([super().fci(), best // H, best % H], dim=-1)
-        return torch.cat([about, alpha.amax(dim=1).mT, own.mT], dim=-1)
-
-
 def check_model(model) -> None:
     """Raises ValueError if step attention or `token_logps` would silently be wrong for this kind of model.
 
     Compares both with the model's own eager attention and logits on a few tokens, each a step of its own,
     for which alpha is attention. Eq. 5 and 6, which forks may change, are not compared."""
     name, attention = type(model).__name__, model.config._attn_implementation
-    ids = torch.arange(1, 9, device=model.device)[None]
-    hook = AttentionHook(ids - 1)
+    ids, alphas = torch.arange(1, 9, device=model.device)[None], []
+    see = lambda query, key, *how: alphas.append(fci.step_attention(query, key, ids - 1, 8, *how))
     with torch.no_grad():
         if attention in (fci.ATTENTION, models.ATTENTION):
-            model(input_ids=ids, use_cache=False, step_hook=hook)
-        if not hook.alphas:
+            model(input_ids=ids, use_cache=False, step_hook=SimpleNamespace(add_layer=see))
+        if not alphas:
             reason = f"its attention implementation is {attention!r}, which takes no hook"
             raise ValueError(f"{name} cannot be scored by FCI: {reason}")
         ours, _ = token_logps(model, [([1], list(range(2, 9)))], temperature=1.0, chunk=1024)
@@ -128,7 +109,7 @@ def check_model(model) -> None:
         eager = model(input_ids=ids, use_cache=False, output_attentions=True)
         model.set_attn_implementation(attention)
     attentions = torch.cat([a for a in eager.attentions if a is not None]).float()  # (layers, H, L, L)
-    if not torch.allclose(torch.cat(hook.alphas), attentions, atol=1e-2):
+    if not torch.allclose(torch.cat(alphas), attentions, atol=1e-2):
         reason = "step attention differs from what output_attentions says"
         raise ValueError(f"{name} attends in ways that FCI does not see: {reason}")
     expected = eager.logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]

@@ -8,8 +8,9 @@ import json
 from functools import partial
 from pathlib import Path
 
-from fci import fci_of_response, step_ids_of
-from plumbing.agreement import AttentionHook
+import torch
+
+from fci import StepHook, fci_of_response, step_attention, step_ids_of
 from plumbing.checkpoints import whole_lines, write_whole
 from plumbing.nouns import Score, Sequence
 from plumbing.processes import rank
@@ -18,6 +19,27 @@ from plumbing.settings import InputError, refuse_if
 ROOM = 4_000_000  # bytes of trees on a page, which should stay quick to open; one tree is always there
 TREES = 3  # with everything, at an evaluation
 MAX_STEPS = 256  # of a response whose step attention is kept, T x T numbers: a step may be a single token
+
+
+class AttentionHook(StepHook):
+    """FCI, and the step attention that it is made of, to look at."""
+
+    def __init__(self, step_ids, **constants):
+        super().__init__(step_ids, **constants)
+        self.alphas: list[torch.Tensor] = []  # per layer, alpha (B, H, S, S) of Eq. 4
+
+    def add_layer(self, query, key, mask, scale) -> None:
+        super().add_layer(query, key, mask, scale)
+        self.alphas.append(step_attention(query, key, self.step_ids, self.n_steps, mask, scale))
+
+    def fci(self) -> torch.Tensor:
+        """(B, S, 3 + 2 S) fp32. Of each step k: its FCI; layer and head of the largest y[k] (Eq. 5), from 0;
+        alpha[j, k] of all S steps j, as the maximum over layers and heads; and the same in that one head."""
+        alpha, H = torch.cat(self.alphas, dim=1), self.y[0].shape[1]  # (B, layers x H, S, S)
+        best = torch.cat(self.y, dim=1).argmax(dim=1)  # (B, S)
+        own = alpha.gather(1, best[:, None, None].expand_as(alpha[:, :1]))[:, 0]  # (B, S, S)
+        about = torch.stack([super().fci(), best // H, best % H], dim=-1)
+        return torch.cat([about, alpha.amax(dim=1).mT, own.mT], dim=-1)
 
 
 def describe_trees(due: list, step: int, trainer=None) -> list[dict]:

@@ -33,9 +33,8 @@ class SymbolicChecker:
         self._lock = threading.Lock()
 
     def equal(self, gold: str, answer: str) -> bool:
-        """Whether two LaTeX answers are equal. TimeoutError if the worker does not survive the question.
-
-        RuntimeError if a worker does not start, as without Math-Verify: grading all wrong would be worse."""
+        """Whether two LaTeX answers are equal. TimeoutError if the worker does not survive the question,
+        RuntimeError if none starts, as without Math-Verify: grading all wrong would be worse."""
         if max(len(gold), len(answer)) > MAX_ANSWER_CHARS:
             return False
         with self._free:

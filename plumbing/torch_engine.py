@@ -20,9 +20,8 @@ KEEP = 3 / 4  # rows that have ended leave a batch when less than this share of 
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer, in buffers with room for ROOM more tokens.
-
-    transformers' own layer copies all that it holds for each token that it takes in."""
+    """Keys and values of one layer, in buffers with room for ROOM more tokens: transformers' own layer
+    copies all that it holds for each token that it takes in."""
 
     buffers = None  # of keys and of values, (B, heads, capacity, head dim)
 
@@ -54,9 +53,8 @@ def check_requests(requests: list[Request], context: float) -> None:
 
 
 def draw(logits: torch.Tensor, temperature: float, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token of each row of logits (B, V), and its log-probability under what it was drawn from: (B,) each.
-
-    Temperature first, then top-p. temperature 0: the likeliest token, its log-prob at temperature 1."""
+    """A token of each row of logits (B, V), and its log-prob under what it was drawn from: (B,) each, by
+    temperature, then top-p. temperature 0: the likeliest token, its log-prob at temperature 1."""
     logits = logits.float() / (temperature or 1)
     if top_p < 1:
         logits = TopPLogitsWarper(top_p)(None, logits)
