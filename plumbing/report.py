@@ -124,8 +124,8 @@ def collect(run: Path, room: int) -> dict:
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {run} ({error}): give the --output_dir of a run of train.py") from None
     lines, chosen, size = whole_lines(run / "rollouts.jsonl"), [], 0
-    evaluations_first = lambda i: (b'"tokens"' not in lines[i], -i)  # and the newest
-    for i in sorted(range(len(lines)), key=evaluations_first):
+    evaluations_first = lambda i: (b'"tokens"' not in lines[i], -int(lines[i][9 : lines[i].index(b",")]), i)
+    for i in sorted(range(len(lines)), key=evaluations_first):  # and the newest; a line is {"step": N, ...
         if not chosen or size + len(lines[i]) <= room:
             chosen.append(i)
             size += len(lines[i])

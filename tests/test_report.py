@@ -186,12 +186,12 @@ def test_the_page_holds_the_runs_and_nothing_is_loaded(tmp_path):
 
 def test_trees_of_evaluations_come_first_where_not_all_fit(tmp_path):
     short = [{"step": step, "text": "x" * 50, "rollouts": []} for step in (1, 2, 3, 4)]
-    full = [{"step": 2, "rollouts": [{"tokens": ["x" * 90]}]}]
+    full = [{"step": 2, "rollouts": [{"tokens": [name * 90]}]} for name in "xy"]
     out = fake_run(tmp_path / "run", [*short[:2], *full, *short[2:]])
-    assert [t["step"] for t in report.collect(out, room=10**6)["trees"]] == [1, 2, 2, 3, 4]
-    few = report.collect(out, room=320)
+    assert [t["step"] for t in report.collect(out, room=10**6)["trees"]] == [1, 2, 2, 2, 3, 4]
+    few = report.collect(out, room=460)
     assert few["trees"] == [*full, *short[2:]] and few["left_out"] == 2
-    assert report.collect(out, room=0)["trees"] == full  # one is always there
+    assert report.collect(out, room=0)["trees"] == full[:1]  # the largest one is always there
 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path):
