@@ -69,7 +69,7 @@ def check_source(path: Path, same_run: bool, step: int) -> None:
     files = sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")])
     now = {file.relative_to(ROOT).as_posix(): digest(file) for file in files}
     entry = {"from_step": step, "files": now} | provenance()
-    history = json.loads(path.read_text()) if path.exists() else [entry]
+    history = json.loads(path.read_text()) if path.exists() else [entry | {"from_step": 0}]
     before = history[-1]["files"]
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if changed and not same_run:

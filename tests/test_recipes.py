@@ -157,7 +157,7 @@ def test_longest_steps_are_branched(tmp_path_factory):
     for tree in trees(forked(tmp_path_factory, 1), "--branching", "longest"):
         for family in {family for family, _ in tree["branches"]}:
             rollout = tree["rollouts"][family]
-            length = rollout["advantages"][-1][1]
+            length = rollout["length"]
             bounds = [*rollout["step_starts"], length]
             answer = [k for k, text in enumerate(rollout["steps"]) if LAST_THINK_END in text]
             steps = range(answer[-1] if answer else len(rollout["steps"]))
