@@ -18,19 +18,18 @@ import re
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from math import comb, inf
+from math import comb, hypot, inf
 from pathlib import Path
 
 from transformers.utils import logging
 
 from plumbing.answers import boxed_answer, equal
 from plumbing.checkpoints import closing_directories, open_directory
-from plumbing.compare import HEADER, average, compare, table_row
 from plumbing.engines import make_engine, resolve_engine
+from plumbing.evaluations import HEADER, SampleFile, compare, describe, table_row
 from plumbing.models import context_length, load_tokenizer, prompt_ids
 from plumbing.nouns import Request
 from plumbing.problems import load_problems
-from plumbing.samples import SampleFile, describe
 from plumbing.settings import MachineConfig
 from plumbing.symbolic import MAX_ANSWER_CHARS, WORKERS
 
@@ -135,6 +134,16 @@ def scores(rows: list[dict], samples: int) -> dict:
     }
 
 
+def average(results: list[dict]) -> dict:
+    """The paper's last column: every benchmark has the same weight. Counts are summed."""
+    averaged = ("pass@1", "pass@k", "mean_tokens", "truncated")
+    mean = {name: statistics.fmean(r[name] for r in results) for name in averaged}
+    mean |= {name: sum(r[name] for r in results) for name in ("n_problems", "timeouts", "long_prompts")}
+    errors = [r["stderr"] for r in results]
+    stderr = None if None in errors else hypot(*errors) / len(errors)
+    return mean | {"samples": "", "stderr": stderr}
+
+
 # --- The command line -------------------------------------------------------------------------------------
 
 
@@ -154,12 +163,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--engine", choices=["auto", "torch", "vllm"], default="auto")
     add("--chunk", type=int, default=512, help="responses per generation call: what an interruption can lose")
     add("--output_dir", help="for results.json and the samples of each benchmark [runs/eval-MODEL]")
-    add(
-        "--compare",
-        nargs=2,
-        metavar="RESULTS",
-        help="print the difference of two results.json, and nothing else",
-    )
+    add("--compare", nargs=2, metavar="RESULTS", help="print the difference of two results.json only")
     underscores = lambda flag: "--" + flag[0][2:].replace("-", "_")
     with_underscores = [re.sub("^--[a-z-]+", underscores, text) for text in argv]
     args = parser.parse_args(with_underscores)
@@ -169,9 +173,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
     if not 0 <= args.temperature < inf or not 0 < args.top_p <= 1:
-        parser.error(
-            f"--temperature is {args.temperature} and --top_p {args.top_p}; needs >= 0 and in (0, 1]"
-        )
+        given = f"--temperature is {args.temperature} and --top_p {args.top_p}"
+        parser.error(f"{given}; needs >= 0 and in (0, 1]")
     return args
 
 

@@ -8,7 +8,7 @@
 Defaults are the paper's. A preset and an algorithm override some of them; flags override both. A run writes:
 
     config.json      every setting             metrics.jsonl    a line per step
-    curves.png       the run at a glance       rollouts.jsonl   trees with text, FCI and advantages
+    report.html      the run to look at        rollouts.jsonl   trees with text, FCI and advantages
     checkpoint-N/    weights in Hugging Face format, with all that is needed to go on
 
 The same command again resumes from the last complete checkpoint (docs/recovery.md), with the plain engine on
@@ -23,19 +23,19 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from attnrl import AttnRL, MethodConfig, Problem
-from eval import evaluate, grade
-from plumbing import checkpoints, logs
+from eval import average, evaluate, grade
+from plumbing import checkpoints, logs, report
 from plumbing.agreement import verify_sync
 from plumbing.command import run_command
-from plumbing.compare import average, percent
 from plumbing.engines import SharedEngine, check_engine, make_engine
+from plumbing.evaluations import percent
 from plumbing.grader import Grader
 from plumbing.learner import NonFiniteUpdates, make_learner
+from plumbing.logs import Progress, ProgressBar
 from plumbing.memory_plan import report as memory_plan
 from plumbing.models import load_tokenizer
 from plumbing.problems import Stream, load_data
 from plumbing.processes import any_process, fork_rng, once, rank, world_size
-from plumbing.progress import Progress, ProgressBar
 from plumbing.settings import MAY_CHANGE, MachineConfig, RunStopped, absolute, one_sentence, parse
 
 HERE = Path(__file__).parent
@@ -58,9 +58,7 @@ class RunConfig(MachineConfig):
     output_dir: str = HfArg(default="", help="where the run is written [runs/ALGO-MODEL-SEED]")
     seed: int = HfArg(default=0, help="of sampling, branching and data order")
     steps: int = HfArg(default=500, help="training steps")
-    token_budget: int = HfArg(
-        default=0, help="sample nothing new after so many generated tokens; 0: no limit"
-    )
+    token_budget: int = HfArg(default=0, help="sample nothing new after so many tokens; 0: no limit")
     lr: float = HfArg(default=1e-6, help="AdamW's learning rate, constant")
     weight_decay: float = HfArg(default=0.01, help="AdamW's")
     eval_every: int = HfArg(default=50, help="steps between evaluations; there is one at both ends, too")
@@ -181,7 +179,7 @@ def get_ready(run: RunConfig, method: MethodConfig) -> Ready | None:
     few, n_tokens = [p["prompt_ids"] for p in train_problems[:8]], min(16, method.max_response_tokens)
     # The engine starts from `run.model`: verify_sync also pushes the weights of a checkpoint.
     verify_sync(trainer.engine.own, trainer.learner, few, method.max_engine_gap, n_tokens)
-    log = logs.Log(out, state.get("log_lines", {}))
+    log = logs.Log(out, state.get("log_lines", {}), run.track)
     return Ready(trainer, tokenizer, Stream(train_problems, run.seed), test_problems, progress, log)
 
 
@@ -207,6 +205,7 @@ def train(run: RunConfig, method: MethodConfig, stop=lambda: False) -> None:
         n = sum(map(len, ready.test_problems.values()))
         print(f"before training: {solved(tested)} of {n} held-out problems solved")
         log.add("metrics.jsonl", {"step": 0, **tested, "total_tokens": 0})
+        report.draw(out)
     bar, stopping = ProgressBar(run, progress), any_process(stop())
     while not finished() and not stopping:
         # ---- next problems
@@ -227,13 +226,12 @@ def train(run: RunConfig, method: MethodConfig, stop=lambda: False) -> None:
         record = {"step": progress.step} | logs.step_metrics(new, due, updates) | clock.seconds
         record |= progress.totals() | {"next_batch_size": trainer.sampler.batch_size}
         record |= {"grader_timeouts": trainer.grader.timeouts - timeouts}
-        if due and (progress.step % run.eval_every == 0 or finished()):
+        if evaluated := bool(due) and (progress.step % run.eval_every == 0 or finished()):
             record |= test()
             progress.test_accuracy = record["test_accuracy"]
             bar.write(f"step {progress.step:4d}: {solved(record)}")
         log.add("metrics.jsonl", record)
-        if due:
-            log.add("rollouts.jsonl", logs.describe_tree(due, progress.step))
+        log.add("rollouts.jsonl", *report.describe_trees(due, progress.step, trainer if evaluated else None))
 
         # ---- save
         stopping = any_process(stop())  # asked once, so that a run that stops has saved
@@ -241,7 +239,8 @@ def train(run: RunConfig, method: MethodConfig, stop=lambda: False) -> None:
             state = {"progress": asdict(progress), "method": trainer.state(), "log_lines": log.lines}
             what = trainer.learner, ready.tokenizer, state, run.keep_checkpoints
             checkpoints.save_or_stop(out, progress.step, *what)
-            logs.plot_curves(out)
+        if evaluated or stopping:
+            report.draw(out)
         bar.show(progress, record.get("reward"), count)
     bar.close()
     trainer.engine.close()
@@ -249,7 +248,7 @@ def train(run: RunConfig, method: MethodConfig, stop=lambda: False) -> None:
         raise RunStopped(f"SIGTERM ended the run after step {progress.step}")
     gain = f"{progress.first_accuracy:.1%} -> {progress.test_accuracy:.1%} of the held-out problems solved"
     print(f"{gain} after {progress.step} steps and {progress.tokens:,} generated tokens")
-    print(f"see {out}/curves.png, metrics.jsonl, rollouts.jsonl and checkpoint-{progress.step}/")
+    print(f"see {out}/report.html, curves.png, metrics.jsonl and checkpoint-{progress.step}/")
 
 
 def main() -> None:

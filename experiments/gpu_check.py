@@ -212,7 +212,7 @@ def check_fci(s: Setting):
         added = int(np.subtract(*[peak_of(learner.score, batch) for batch in batches]))
         pairs = [[seconds(learner.score, batch) for batch in batches] for _ in range(5)]
         ratio, took = median(a / b for a, b in pairs), median(a for a, _ in pairs)
-        planned = memory_plan.fci(s.shape, length)
+        planned = s.shape.fci(length)
         passed = passed and added <= 1.1 * planned
         numbers[length] = dict(ratio=ratio, seconds=took, added_bytes=added, planned_bytes=planned)
         memory = f"{added / 1e6:+,.1f} MB (plan {planned / 1e6:,.1f})"

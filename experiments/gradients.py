@@ -90,7 +90,7 @@ class Bench:
             rollout.reward = float(reward)
             problem.rollouts.append(rollout)
         for way in later:
-            self.learner.make_hook = partial(StepHook, later=way)
+            self.learner.hook = partial(StepHook, later=way)
             for (_, rollout), score in zip(fresh, method.score(fresh), strict=True):
                 rollout.entropies = score.entropies.tolist()
                 fci = fci_of_response(score.fci, rollout.n_scored, len(rollout.steps))

@@ -62,9 +62,10 @@ def main() -> None:
     if not (args.run / "rollouts.jsonl").exists():
         sys.exit(f"{args.run} has no rollouts.jsonl: give the directory of a run")
     trees = [json.loads(line) for line in (args.run / "rollouts.jsonl").read_text().splitlines()]
+    trees.reverse()  # so that of several of a step the first, which is the largest, is kept
     by_step = {t["step"]: t for t in trees if t["rollouts"][0]["advantages"]}
     if args.step not in by_step:
-        sys.exit(f"step {args.step} of {args.run} has no tree with advantages; try one of {list(by_step)}")
+        sys.exit(f"step {args.step} of {args.run} has no tree with advantages; try one of {sorted(by_step)}")
     draw(by_step[args.step], args.out)
     print(f"wrote {args.out}")
 

@@ -67,7 +67,7 @@ def measure(row: dict, tokenizer, learner: Learner, cfg: MethodConfig) -> dict[s
     how = cfg.n_branch_points, cfg.branch_quantile, cfg.min_branch_gap, np.random.default_rng(0)
     found = {}
     for later in VARIANTS:
-        learner.make_hook = partial(StepHook, delta=cfg.fci_delta, later=later)
+        learner.hook = partial(StepHook, delta=cfg.fci_delta, later=later)
         score = learner.score([sequence], with_entropy=True)[0]
         fci = np.array(fci_of_response(score.fci, n_scored, len(steps)))
         response = Measured([""] * len(steps), starts, fci, score.entropies, 0.0, n_scored)

@@ -3,8 +3,9 @@
 An engine with a copy of the weights and kernels of its own is never quite the policy that is trained. How
 far apart the two are is measured on every sampled token (`mismatch`), a run stops when they are further
 apart than rounding explains (`check_gap`), and before anything is trained it is shown that a push reaches
-every weight (`verify_sync`). `check_model` compares what scoring computes with the model's own eager pass.
-"""
+every weight (`verify_sync`). `check_model` compares what scoring computes with the model's own eager pass."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,19 +22,16 @@ class EngineMismatch(RuntimeError):
 
 
 def check_gap(gaps: list[np.ndarray], bound: float, when: str, source: str = "max_engine_gap") -> None:
-    """Raises EngineMismatch if the mean |gap| per token exceeds `bound`, nats.
-
-    gaps: log-prob of trainer - engine per token, an array per sequence. when, source: for the message.
-    """
+    """Raises EngineMismatch if the mean |gap| per token exceeds `bound`, nats. gaps: log-prob of trainer -
+    engine per token, an array per sequence. when, source: for the message."""
     if not gaps:
         return
     gap = np.abs(np.concatenate(gaps)).mean()
     if not gap <= bound:  # a gap of NaN, too, is a mismatch
-        raise EngineMismatch(
-            f"{when} the engine's log-probs differ from the trainer's by {gap:.3g} nats per token, "
-            f"{source} allows {bound:.3g}: most likely weights that were pushed did not all arrive; "
-            "pass --engine torch, or raise the bound if the kernels are that coarse"
-        )
+        found = f"{when} the engine's log-probs differ from the trainer's by {gap:.3g} nats per token"
+        cause = f"{source} allows {bound:.3g}: most likely weights that were pushed did not all arrive"
+        remedy = "pass --engine torch, or raise the bound if the kernels are that coarse"
+        raise EngineMismatch(f"{found}, {cause}; {remedy}")
 
 
 def verify_sync(engine, learner, prompts, bound: float, n_tokens: int = 16) -> float:
@@ -44,8 +42,7 @@ def verify_sync(engine, learner, prompts, bound: float, n_tokens: int = 16) -> f
     wrong sign for the network around it. Comparing after a real update would prove nothing: at lr 1e-6 it
     moves log-probs less than bf16 does. Rounding moves a negated network further than a trained one, so its
     gap is held against that to the weights from before the push, on the same tokens. A tensor of zeros stays
-    unproven. torch's random state is kept, which also rules vLLM's. Raises EngineMismatch.
-    """
+    unproven. torch's random state is kept, which also rules vLLM's. Raises EngineMismatch."""
     model, requests = learner.model, [Request(ids, n_tokens) for ids in prompts]
 
     def gap_of(responses) -> np.ndarray:
@@ -71,8 +68,7 @@ def verify_sync(engine, learner, prompts, bound: float, n_tokens: int = 16) -> f
 
 
 def mismatch(gaps: list[np.ndarray]) -> dict[str, float]:
-    """How far apart trainer and engine are. gaps: log-prob of the trainer - of the engine of each token, an
-    array per sequence.
+    """How far apart trainer and engine are. gaps: log-prob of trainer - engine per token, by sequence.
 
     engine_gap_mean, engine_gap_max: of |gap| over all tokens, nats. engine_log_ratio: logarithm of the mean
     over sequences of the ratio w = P(trainer) / P(engine) of a whole sequence; 0 if they agree. engine_ess:
@@ -94,31 +90,18 @@ def mismatch(gaps: list[np.ndarray]) -> dict[str, float]:
     }
 
 
-class AlphaHook(fci.StepHook):
-    """Keeps every layer's alpha (Eq. 4) and leaves FCI alone."""
-
-    def __init__(self, step_ids):
-        super().__init__(step_ids)
-        self.alphas: list[torch.Tensor] = []  # (B, H, S, S) each
-
-    def add_layer(self, query, key, mask, scale) -> None:
-        self.alphas.append(fci.step_attention(query, key, self.step_ids, self.n_steps, mask, scale))
-
-
 def check_model(model) -> None:
-    """Raises ValueError if step attention, or the log-probs of `token_logps`, would silently be wrong for
-    this kind of model.
+    """Raises ValueError if step attention or `token_logps` would silently be wrong for this kind of model.
 
     Compares both with the model's own eager attention and logits on a few tokens, each a step of its own,
-    for which alpha is attention. Eq. 5 and 6, which forks may change, are not compared.
-    """
+    for which alpha is attention. Eq. 5 and 6, which forks may change, are not compared."""
     name, attention = type(model).__name__, model.config._attn_implementation
-    ids = torch.arange(1, 9, device=model.device)[None]
-    hook = AlphaHook(ids - 1)
+    ids, alphas = torch.arange(1, 9, device=model.device)[None], []
+    see = lambda query, key, *how: alphas.append(fci.step_attention(query, key, ids - 1, 8, *how))
     with torch.no_grad():
         if attention in (fci.ATTENTION, models.ATTENTION):
-            model(input_ids=ids, use_cache=False, step_hook=hook)
-        if not hook.alphas:
+            model(input_ids=ids, use_cache=False, step_hook=SimpleNamespace(add_layer=see))
+        if not alphas:
             reason = f"its attention implementation is {attention!r}, which takes no hook"
             raise ValueError(f"{name} cannot be scored by FCI: {reason}")
         ours, _ = token_logps(model, [([1], list(range(2, 9)))], temperature=1.0, chunk=1024)
@@ -126,11 +109,10 @@ def check_model(model) -> None:
         eager = model(input_ids=ids, use_cache=False, output_attentions=True)
         model.set_attn_implementation(attention)
     attentions = torch.cat([a for a in eager.attentions if a is not None]).float()  # (layers, H, L, L)
-    if not torch.allclose(torch.cat(hook.alphas), attentions, atol=1e-2):
+    if not torch.allclose(torch.cat(alphas), attentions, atol=1e-2):
         reason = "step attention differs from what output_attentions says"
         raise ValueError(f"{name} attends in ways that FCI does not see: {reason}")
     expected = eager.logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
     if not torch.allclose(ours, expected, atol=1e-2):
-        raise ValueError(
-            f"{name} soft-caps or scales its logits after the output layer, which token_logps does not do"
-        )
+        does = "soft-caps or scales its logits after the output layer, which token_logps does not do"
+        raise ValueError(f"{name} {does}")

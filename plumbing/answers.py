@@ -1,8 +1,7 @@
 """Answers as strings and as numbers: when are two of them the same?
 
 A DeepScaleR-style check (the last `\\boxed{}` after the last `</think>`, normalised strings, numbers, element
-by element) and, for what that does not settle, Math-Verify (symbolic.py). Ours differs from the released
-code:
+by element) and, for what that does not settle, Math-Verify (symbolic.py). Other than in the released code:
 
 - Math-Verify, also the sympy equality of the DeepScaleR-style check, sees the content of the last box, not
   the whole response, so an answer that was only mentioned on the way cannot count.
@@ -10,8 +9,7 @@ code:
 - Math-Verify takes the last letter of `6m` for a unit, R for r, and drops the base of 52_8. Here gold answers
   keep their letters (an answer may add a unit), R and r differ where both occur, and another base is wrong (a
   missing one is not).
-- Model output can blow up sympy (`9^{9^{9^9}}`), so Math-Verify runs in workers with limits.
-"""
+- Model output can blow up sympy (`9^{9^{9^9}}`), so Math-Verify runs in workers with limits."""
 
 import re
 from fractions import Fraction
@@ -48,8 +46,7 @@ REWRITES = [  # pattern, replacement; in this order
 
 
 def boxed_answer(response: str) -> str | None:
-    r"""Content of the last `\boxed{...}` after the last `</think>` (if any); None without one, or if it
-    never closes.
+    r"""Content of the last `\boxed{...}` after the last `</think>` (if any); None if none is there or closes.
 
     >>> boxed_answer(r"<think>\boxed{1}</think> so \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
@@ -108,11 +105,8 @@ def elements(answer: str) -> tuple[str, list[str]] | None:
 
 
 def equal(gold: str, answer: str, symbolic: bool = True) -> bool:
-    """Whether two answers are the same: as strings, numbers, element by element, or (if `symbolic`)
-    symbolically.
-
-    Raises TimeoutError if the symbolic comparison is given up.
-    """
+    """Whether two answers are the same: as strings, numbers, element by element, or for Math-Verify if
+    `symbolic`. Raises TimeoutError if that is given up."""
     gold, answer = (re.sub(r"\\?\$", "", text).strip() for text in (gold, answer))
     a, b = normalise(gold), normalise(answer)
     if a == b:

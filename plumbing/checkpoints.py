@@ -5,7 +5,9 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
+import subprocess
 from collections.abc import Collection
 from pathlib import Path
 
@@ -18,30 +20,26 @@ from plumbing.processes import on_rank_0, rank, union, world_size
 from plumbing.settings import InputError, RunStopped
 
 ROOT = Path(__file__).resolve().parent.parent
-HELD: list[FileLock] = []  # of the directories that this process has opened
+HELD = contextlib.ExitStack()  # locks of the directories that this process has opened
 
 
 @contextlib.contextmanager
 def closing_directories():
     """Gives the directories that were opened free at the end, for the next run in them."""
-    try:
+    with HELD:
         yield
-    finally:
-        while HELD:
-            HELD.pop().release()
 
 
 def open_directory(out: Path, name: str, settings: dict, what: str, may_change: Collection[str] = ()) -> None:
     """Make the directory with the settings in file `name`, or know that it holds this very run or evaluation.
 
     Keeps other processes out until this one ends, or `closing_directories` does. Raises InputError where it
-    is in use, cannot be written to, or holds one with other settings, apart from those in `may_change`.
-    """
+    is in use, cannot be written to, or holds one with other settings, apart from those in `may_change`."""
     path, lock, remedy = out / name, FileLock(out / "lock"), "choose another --output_dir"
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
-        HELD.append(lock)
+        HELD.callback(lock.release)
         kept = path.read_text() if path.exists() else json.dumps(settings, indent=2)
         write_whole(path, kept)  # in any case, since it shows that there is a place to write to
         before = json.loads(kept)
@@ -71,15 +69,26 @@ def check_source(path: Path, same_run: bool, step: int) -> None:
     """Record in `path` which sources run from `step` on. InputError if some changed, unless `same_run`."""
     files = sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")])
     now = {file.relative_to(ROOT).as_posix(): digest(file) for file in files}
-    history = json.loads(path.read_text()) if path.exists() else [{"from_step": 0, "files": now}]
+    entry = {"from_step": step, "files": now} | provenance()
+    history = json.loads(path.read_text()) if path.exists() else [entry | {"from_step": 0}]
     before = history[-1]["files"]
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if changed and not same_run:
         remedy = "choose another --output_dir for the new code, or pass --same_run true to go on"
         raise InputError(f"{', '.join(changed)} changed since the run in {path.parent} began: {remedy}")
     if changed:
-        history.append({"from_step": step, "files": now})
+        history.append(entry)
     write_whole(path, json.dumps(history, indent=1))
+
+
+def provenance() -> dict[str, str]:
+    """The commit, with -dirty where files differ from it, and the machine. No commit without git."""
+    git, commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], ""
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    machine = f"{device}, {os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}"
+    return {"commit": commit, "machine": machine}
 
 
 def check_room(out: Path, run) -> None:
@@ -91,9 +100,6 @@ def check_room(out: Path, run) -> None:
         sizes = f"{needed / 1e9:.3g} GB for checkpoints and has {free / 1e9:.3g} GB"
         remedy = "make room, lower --keep_checkpoints, or choose another --output_dir"
         raise InputError(f"{out} needs {sizes}: {remedy}")
-
-
-# --- Writing ----------------------------------------------------------------------------------------------
 
 
 def save_or_stop(out: Path, step: int, *what) -> None:
@@ -109,9 +115,7 @@ def save_or_stop(out: Path, step: int, *what) -> None:
 def save_checkpoint(out: Path, step: int, learner, tokenizer, state: dict, keep: int) -> None:
     """Write checkpoint-STEP aside, then rename it: under its final name a checkpoint is complete.
 
-    Sharded tensors are saved whole. state: plain JSON, all that is neither weights, optimiser nor random
-    state.
-    """
+    Sharded tensors are saved whole. state: plain JSON, all but weights, optimiser and random state."""
     weights, optimizer = on_rank_0(learner.model.state_dict()), learner.optimizer.state_dict()
     optimizer["state"] = {i: on_rank_0(moments) for i, moments in optimizer["state"].items()}
     rng = {"cpu": torch.get_rng_state()}
@@ -159,13 +163,16 @@ def append(path: Path, *records: dict) -> None:
         os.fsync(file.fileno())
 
 
+def whole_lines(path: Path) -> list[bytes]:
+    """Lines of a file, if it is there, but for a last one that is torn or just being written."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith(b"\n")]
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- Reading ----------------------------------------------------------------------------------------------
 
 
 def checkpoints(out: Path) -> list[Path]:

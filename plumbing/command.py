@@ -39,8 +39,7 @@ def run_command(parse_config, train) -> None:
             reason = f"{type(error).__name__}: {reason}, see {out}/traceback.txt"
             with contextlib.suppress(OSError):
                 (out / "traceback.txt").write_text(traceback.format_exc())
-        found = checkpoints(out)
-        going_on = f"resumes from {found[-1]}" if found else "starts the run again"
+        going_on = f"resumes from {found[-1]}" if (found := checkpoints(out)) else "starts the run again"
         print(file=sys.stderr)  # below the progress bar
         last_words(f"stopped: {reason}; the same command {going_on}")
     if world_size() > 1:

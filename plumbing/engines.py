@@ -1,8 +1,6 @@
 """Which engine samples, and the engines of all processes as one.
 
-An engine is anything with `generate(requests, temperature, top_p) -> responses`, `load(model)`, `sleep()`
-and `close()`.
-"""
+An engine has `generate(requests, temperature, top_p) -> responses`, `load(model)`, `sleep()`, `close()`."""
 
 import sys
 from contextlib import nullcontext
@@ -49,8 +47,7 @@ def make_engine(machine, model_name, tokenizer, model=None, *, max_tokens, seed=
     """The engine that `resolve_engine(machine.engine)` says, which is printed to stderr.
 
     model, autocast: what the torch engine samples from, and in which context; without a model it loads
-    `model_name`. max_tokens: longest prompt plus its budget. Raises ValueError if vLLM does not start.
-    """
+    `model_name`. max_tokens: longest prompt plus its budget. Raises ValueError if vLLM does not start."""
     if resolve_engine(machine.engine) == "vllm":
         knobs = machine.gpu_memory, machine.engine_sleep, machine.tensor_parallel
         engine, name = VLLMEngine(model_name, tokenizer, max_tokens, seed, *knobs), f"vLLM {VLLM_VERSION}"
@@ -71,5 +68,4 @@ class SharedEngine:
 
     def generate(self, requests: list[Request], temperature=1.0, top_p=1.0) -> list[Response]:
         generate = partial(self.own.generate, temperature=temperature, top_p=top_p)
-        budgets = [r.max_new_tokens for r in requests]
-        return shared_out(requests, budgets, generate, self.tensor_parallel)
+        return shared_out(requests, [r.max_new_tokens for r in requests], generate, self.tensor_parallel)

@@ -1,6 +1,5 @@
 """Grades many responses at once: in threads, so that one that hangs holds up no other, by all processes."""
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from plumbing.processes import shared_out
@@ -10,7 +9,7 @@ from plumbing.symbolic import CHECKER, WORKERS
 class Grader:
     """rule(response text, answers) -> bool grades one response, as `eval.grade` does, in any thread."""
 
-    def __init__(self, rule: Callable[[str, list[str]], bool]):
+    def __init__(self, rule):
         self.rule = rule
 
     def grade(self, texts: list[str], answers: list[list[str]]) -> list[bool]:

@@ -2,10 +2,8 @@
 
 What `attnrl.py` need not know is here: packing sequences into forward passes, chunks of logits, autocast,
 gradient checkpointing, sharding over processes (FSDP2), and updates that are skipped because something was
-not finite. The gradient does not depend on how a minibatch is packed.
-"""
+not finite. The gradient does not depend on how a minibatch is packed."""
 
-import contextlib
 import functools
 import math
 from collections import defaultdict
@@ -65,8 +63,7 @@ def passes(lengths: list[int], budget: int) -> list[Pass]:
 def shard(model) -> None:
     """Split weights, gradients and the optimiser's state over the processes (FSDP2), if there are several.
 
-    A layer's weights are gathered, in their own dtype, when it runs: all must run the model equally often.
-    """
+    A layer's weights are gathered, in their own dtype, when it runs: all must run the model equally often."""
     if world_size() == 1:
         return
     for module in model.modules():
@@ -87,25 +84,20 @@ def autocast_dtype(machine: MachineConfig) -> torch.dtype | None:
 class Learner:
     """Scores and trains `model`, in place.
 
-    reference: frozen copy of the initial model, or None for losses that need none. temperature: of all
-    log-probabilities. make_hook(step_ids): what measures FCI. grad_clip: largest gradient norm. Raises
-    ValueError for a model that cannot be scored.
-    """
+    reference: frozen copy of the initial model, or None for losses that need none. temperature: of log-probs.
+    hook(step_ids) measures FCI. grad_clip: largest gradient norm. ValueError for a model it cannot score."""
 
-    def __init__(
-        self, model, reference, optimizer, machine, *, temperature=1, make_hook=StepHook, grad_clip=1
-    ):
+    def __init__(self, model, reference, optimizer, machine, *, temperature=1, hook=StepHook, grad_clip=1):
         check_model(model)
         self.model, self.reference, self.optimizer, self.machine = model, reference, optimizer, machine
-        self.temperature, self.make_hook, self.grad_clip = temperature, make_hook, grad_clip
+        self.temperature, self.hook, self.grad_clip = temperature, hook, grad_clip
         self.autocast_dtype = autocast_dtype(machine)
         self.skipped_in_a_row = 0  # updates, across steps and checkpoints
 
     def autocast(self):
         """The context of all forward passes."""
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.model.device.type, self.autocast_dtype)
+        wanted = self.autocast_dtype is not None
+        return torch.autocast(self.model.device.type, self.autocast_dtype, enabled=wanted)
 
     def logps(self, model, batch: list[Sequence], step_hook=None, with_entropy: bool = False):
         """`token_logps` of a batch of sequences."""
@@ -113,20 +105,21 @@ class Learner:
         return token_logps(model, pairs, self.temperature, chunk, step_hook, with_entropy)
 
     @torch.no_grad()
-    def score(self, sequences: list[Sequence], with_entropy: bool = False) -> list[Score]:
-        """Log-probs under the current weights; entropies where asked; FCI if all (not some) have step ids."""
+    def score(self, sequences: list[Sequence], with_entropy: bool = False, hook=None) -> list[Score]:
+        """Log-probs under the current weights; entropies where asked; FCI if all (not some) have step ids, or
+        what `fci()` of another hook(step_ids) returns."""
         self.model.eval()
         found: dict[int, Score] = {}
         for forward in passes([len(s) for s in sequences], self.machine.microbatch_tokens):
             batch = [sequences[row] for row in forward.rows]
-            lengths, nothing, hook = [len(s.response_ids) for s in batch], [None] * len(batch), None
+            lengths, nothing, seen = [len(s.response_ids) for s in batch], [None] * len(batch), None
             if batch[0].step_ids is not None:
                 step_ids = collate([s.step_ids for s in batch], PADDING, self.model.device)
-                hook = self.make_hook(step_ids)
+                seen = (hook or self.hook)(step_ids)
             with self.autocast():
-                logps, entropies = self.logps(self.model, batch, hook, with_entropy)
+                logps, entropies = self.logps(self.model, batch, seen, with_entropy)
             of_rows = logps.cpu().split(lengths), entropies.cpu().split(lengths) if with_entropy else nothing
-            for row, *measured in zip(forward.rows, *of_rows, hook.fci().cpu() if hook else nothing):
+            for row, *measured in zip(forward.rows, *of_rows, seen.fci().cpu() if seen else nothing):
                 found[row] = Score(*(None if x is None else x.numpy() for x in measured))
         found = union(found)
         return [found[row] for row in range(len(sequences))]
@@ -135,14 +128,11 @@ class Learner:
         """One optimiser step. divisors: what the loss of each sequence's tokens is divided by.
 
         loss(logps, ref_logps, **per_token) gets (N,) fp32 tensors over the response tokens of some sequences,
-        those of `Sequence.per_token` by name, and returns the loss (N,) and {name: (N,)} to be logged.
-        ref_logps is None without a reference.
+        ref_logps None without a reference, and returns the loss (N,) and {name: (N,)} to be logged.
 
         Returns sums over response tokens of the undivided loss and of what is to be logged;
         `response_tokens`; `read`, tokens in the forward passes, and `slots`, with padding; `grad_norm` before
-        clipping; `skipped`, 1 if loss or gradient was not finite and the weights stay. NonFiniteUpdates after
-        too many of those in a row.
-        """
+        clipping; `skipped`, 1 if loss or gradient was not finite and weights stay. Or NonFiniteUpdates."""
         sums = total(self.accumulate(sequences, loss, divisors))
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)).item()
         finite = math.isfinite(norm) and math.isfinite(sums["loss"])
@@ -199,6 +189,6 @@ def make_learner(run, method, weights: str) -> Learner:
         shard(each)
     fused = torch.cuda.is_available()  # makes no copy of the state
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=run.weight_decay, fused=fused)
-    make_hook = functools.partial(StepHook, delta=method.fci_delta, later=method.fci_later)
+    hook = functools.partial(StepHook, delta=method.fci_delta, later=method.fci_later)
     constants = dict(temperature=method.temperature, grad_clip=method.grad_clip)
-    return Learner(model, reference, optimizer, run, make_hook=make_hook, **constants)
+    return Learner(model, reference, optimizer, run, hook=hook, **constants)

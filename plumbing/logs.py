@@ -1,18 +1,18 @@
-"""What a run writes about itself: times, metrics of a step, one tree per step, and the curves.
-docs/metrics.md explains each name.
+"""What a run says about itself: times, lines of logs, the metrics of a step, how far it is.
 
-Problems and rollouts are those of attnrl.py; nothing else in plumbing/ knows them.
-"""
+docs/metrics.md explains each name. Problems and rollouts are those of attnrl.py."""
 
 import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from plumbing.agreement import mismatch
 from plumbing.checkpoints import append
@@ -37,16 +37,38 @@ class Clock:
 
 
 class Log:
-    """Files of JSON lines, which rank 0 writes. lines: how many each has; a checkpoint keeps that."""
+    """Files of JSON lines, which rank 0 writes. lines: how many each has; a checkpoint keeps that.
+    track: name of a tracker that gets the lines of metrics.jsonl, too, or "none"."""
 
-    def __init__(self, out: Path, lines: dict[str, int]):
-        self.out, self.lines = out, lines
+    def __init__(self, out: Path, lines: dict[str, int], track: str = "none"):
+        self.out, self.lines, self.track, self.send = out, lines, track, None
 
-    def add(self, name: str, record: dict) -> None:
-        """Append a line to file `name`."""
+    def add(self, name: str, *records: dict) -> None:
+        """Append lines to file `name`."""
         if rank() == 0:
-            append(self.out / name, record)
-        self.lines[name] = self.lines.get(name, 0) + 1
+            append(self.out / name, *records)
+            if name == "metrics.jsonl" and self.track != "none":
+                self.hand_over(*records)
+        self.lines[name] = self.lines.get(name, 0) + len(records)
+
+    def hand_over(self, record: dict) -> None:
+        """Give a line's numbers to the tracker. One that fails gets no more of them, and stops nothing."""
+        try:
+            self.send = self.send or tracker(self.track, self.out)
+            self.send({name: x for name, x in record.items() if isinstance(x, int | float)})
+        except Exception as error:  # the network, a login, a version: each has its own kinds
+            print(f"track={self.track} failed and is left alone ({type(error).__name__}: {error})")
+            self.track = "none"
+
+
+def tracker(name: str, out: Path) -> Callable[[dict], object]:
+    """What takes a line: of "trackio", "wandb", or "tensorboard", which writes into the run's directory."""
+    if name == "tensorboard":
+        writer = import_module("torch.utils.tensorboard").SummaryWriter(str(out / name))
+        return lambda line: [writer.add_scalar(key, x, line["step"]) for key, x in line.items()]
+    module = import_module(name)
+    module.init(project="attnrl", name=out.name, config=json.loads((out / "config.json").read_text()))
+    return module.log
 
 
 def stopped(error: NonFiniteUpdates, path: Path) -> RunStopped:
@@ -54,11 +76,7 @@ def stopped(error: NonFiniteUpdates, path: Path) -> RunStopped:
     reason, sequences = error.args
     if rank() == 0:
         path.write_text(json.dumps([asdict(s) for s in sequences]))
-    remedy = "to skip more, raise --max_skipped_updates"
-    return RunStopped(f"{reason}, see {path} for the last one's rollouts; {remedy}")
-
-
-# --- Metrics of a step ------------------------------------------------------------------------------------
+    return RunStopped(f"{reason}, see {path} for its rollouts; to skip more, raise --max_skipped_updates")
 
 
 def sampled(new: list, due: list) -> list:
@@ -133,72 +151,62 @@ def batch_metrics(due: list) -> dict:
 
 def update_metrics(updates: list[dict]) -> dict:
     """Averages per token, and grad_norm per update, over the updates not skipped; from their reports."""
-    if not updates:
-        return {}
-    totals: dict[str, float] = defaultdict(float)
-    taken = [u for u in updates if not u["skipped"]]
-    skipped = {"skipped_updates": len(updates) - len(taken)}
+    taken = [report for report in updates if not report["skipped"]]
+    skipped = {"skipped_updates": len(updates) - len(taken)} if updates else {}
     if not taken:
         return skipped
-    for report in taken:
-        for name, value in report.items():
-            totals[name] += value
-    n_tokens, padding = totals.pop("response_tokens"), 1 - totals.pop("read") / totals.pop("slots")
-    del totals["skipped"], totals["grad_norm"]
-    averages = {name: value / n_tokens for name, value in totals.items()}
-    grad_norm = float(np.mean([u["grad_norm"] for u in taken]))
+    sums = {name: sum(report[name] for report in taken) for name in taken[0]}
+    n_tokens, padding = sums.pop("response_tokens"), 1 - sums.pop("read") / sums.pop("slots")
+    del sums["skipped"], sums["grad_norm"]
+    grad_norm = float(np.mean([report["grad_norm"] for report in taken]))
+    averages = {name: value / n_tokens for name, value in sums.items()}
     return averages | {"grad_norm": grad_norm, "padding": padding} | skipped
 
 
-# --- Trees and curves -------------------------------------------------------------------------------------
+@dataclass
+class Progress:
+    """How far a run is; a checkpoint keeps it."""
+
+    step: int = 0  # batches trained on
+    position: int = 0  # in the stream of training problems
+    tokens: int = 0  # generated for training
+    valid_tokens: int = 0  # of sequences with non-zero advantage
+    updates: int = 0  # optimiser steps
+    first_accuracy: float = 0.0  # held out, before training
+    test_accuracy: float = 0.0  # held out, at the last evaluation
+
+    def count(self, new: list, due: list, updates: list[dict]) -> None:
+        """Add what a step did: problems sampled, the batch trained on, the learner's reports."""
+        self.step += bool(due)
+        self.position += len(new)
+        self.tokens += n_generated(new, due)
+        self.valid_tokens += n_valid_tokens(due)
+        self.updates += sum(not report["skipped"] for report in updates)
+
+    def totals(self) -> dict[str, int]:
+        """For metrics.jsonl."""
+        totals = {"total_problems": self.position, "total_updates": self.updates}
+        return totals | {"total_tokens": self.tokens, "total_valid_tokens": self.valid_tokens}
+
+    def enough(self, run, pending: bool = False) -> bool:
+        """Whether nothing new is sampled any more. A pending batch will be the step after this one."""
+        return self.step + pending >= run.steps or 0 < run.token_budget <= self.tokens
 
 
-def describe_tree(due: list, step: int) -> dict:
-    """One tree as text and numbers, for rollouts.jsonl: of mixed outcomes the largest, else the first."""
-    problem = max(due, key=lambda p: p.mixed() * len(p.rollouts))
-    rollouts = []
-    for r in problem.rollouts:
-        row = {"family": r.family, "start": r.start, "reward": r.reward, "finished": r.finished}
-        row |= {"steps": r.step_texts, "step_starts": [start for start, _ in r.steps]}
-        rollouts.append(row | {"fci": r.fci, "advantages": spans(r.advantages)})
-    about = {"step": step, "problem": problem.text, "answers": problem.answers, "branches": problem.branches}
-    return about | {"rollouts": rollouts}
+class ProgressBar(tqdm):
+    """In generated tokens where they are limited, else in steps; rank 0 shows it."""
 
+    def __init__(self, run, progress: Progress):
+        self.token_budget = run.token_budget
+        unit, total = ("token", run.token_budget) if run.token_budget else ("step", run.steps)
+        style = dict(unit=unit, unit_scale=unit == "token", dynamic_ncols=True, disable=rank() > 0)
+        super().__init__(total=total, initial=self._so_far(progress), **style)
 
-def spans(values: list[float]) -> list[list]:
-    """[start, end, value] of each run of equal values.
+    def show(self, progress: Progress, reward: float | None, sampled: int) -> None:
+        """After a step: the number of problems sampled, and their mean reward, None without any."""
+        if reward is not None:
+            self.set_postfix(step=progress.step, reward=f"{reward:.2f}", problems=sampled, refresh=False)
+        self.update(self._so_far(progress) - self.n)
 
-    >>> spans([0.5, 0.5, -1.0])
-    [[0, 2, 0.5], [2, 3, -1.0]]
-    """
-    starts = [i for i in range(len(values)) if i == 0 or values[i] != values[i - 1]]
-    return [[a, b, values[a]] for a, b in zip(starts, [*starts[1:], len(values)])]
-
-
-def plot_curves(out: Path) -> None:
-    """curves.png from metrics.jsonl: accuracy, entropy, batch composition; rank 0 draws it."""
-    if rank() > 0:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display is needed
-    import matplotlib.pyplot as plt
-
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
-    panels = {
-        "accuracy": ["test_accuracy", "reward"],
-        "shares": ["valid_tokens", "mc_valid", "filtered"],
-        "entropy (nats per token)": ["entropy"],
-        "problems per batch": ["batch_size", "valid_problems"],
-    }
-    for axis, (title, names) in zip(axes.flat, panels.items()):
-        for name in names:
-            points = [(r["total_tokens"] / 1000, r[name]) for r in records if r.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points), label=name, marker="o" if name == "test_accuracy" else None)
-        axis.set(title=title, xlabel="thousand generated tokens", ylim=(0, None))
-        axis.legend(frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out / "curves.png", dpi=120)
-    plt.close(figure)
+    def _so_far(self, progress: Progress) -> int:
+        return min(progress.tokens, self.token_budget) if self.token_budget else progress.step

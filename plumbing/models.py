@@ -5,14 +5,8 @@ import os
 
 import torch
 import torch.nn.functional as F
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-)
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers.masking_utils import sdpa_mask
 
 import fci
@@ -22,17 +16,15 @@ ATTENTION = "sdpa_with_step_hook_and_shared_cache"  # the name under which trans
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """fci.py's attention; where one token is generated, heads that share a key are rows of one attention, for
-    each of which transformers would copy the cache. On a CPU, generation took 1.8 times as long with copies.
-    """
+    """fci.py's attention; where one token is generated, heads that share a key are rows of one attention.
+    transformers would copy the cache for each of them: on a CPU, generation took 1.8 times as long."""
     batch, heads, n_queries, _ = query.shape
     if n_queries > 1 or key.shape[1] == heads:
         kwargs["dropout"] = dropout
         return fci.attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], -1)
-    output = F.scaled_dot_product_attention(
-        grouped, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
-    )
+    how = dict(attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+    output = F.scaled_dot_product_attention(grouped, key, value, **how)
     return output.reshape(batch, 1, heads, -1), None
 
 
@@ -44,9 +36,8 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 def load_tokenizer(model: str):
     """Fast tokenizer with a chat template, of a directory or hub name. ValueError in one sentence."""
     try:
-        # Not AutoTokenizer: for some model types it replaces what tokenizer.json says by what the type
-        # usually has.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+        # Not AutoTokenizer: for some types of models it does not do what tokenizer.json says.
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
     except Exception as error:  # transformers raises many kinds, some pages long
         raise ValueError(_cannot_load("tokenizer", model, error)) from None
     if not tokenizer.chat_template:
@@ -58,7 +49,7 @@ def load_tokenizer(model: str):
 def load_model(model: str, dtype: torch.dtype = torch.float32):
     """Causal language model that FCI can look into, on the GPU if there is one. ValueError if it cannot."""
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     except Exception as error:
         raise ValueError(_cannot_load("model", model, error)) from None
     loaded.set_attn_implementation(ATTENTION)  # or it keeps its own, and `check_model` refuses to train it
@@ -94,7 +85,7 @@ def prompt_ids(tokenizer, problem: str) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
-def stop_ids(tokenizer, generation_config: GenerationConfig) -> list[int]:
+def stop_ids(tokenizer, generation_config: transformers.GenerationConfig) -> list[int]:
     """Tokens that end a response: the tokenizer's and those of the model's generation settings."""
     eos = generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})

@@ -41,4 +41,4 @@ class Score:
 
     logps: np.ndarray  # (N,), of the response tokens
     entropies: np.ndarray | None  # (N,), nats, where asked for
-    fci: np.ndarray | None  # (1 + T,), prompt first, where the sequence has step ids
+    fci: np.ndarray | None  # (1 + T,), prompt first, where it has step ids; or what another hook returns

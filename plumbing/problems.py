@@ -24,8 +24,7 @@ def load_problems(source: str, split="train") -> list[dict]:
     """[{"problem": str, "answers": [str, ...]}] of a benchmark of the paper, a .jsonl, .json or .parquet file
     or a hub dataset, with columns `problem` and `answer`: text, a number, or a list of them.
 
-    `split` is for the hub only. Raises ValueError, one sentence with the value and the remedy.
-    """
+    `split` is for the hub only. Raises ValueError, one sentence with the value and the remedy."""
     source, problem, answer = BENCHMARKS.get(source, (source, "problem", "answer"))
     try:
         rows = _read_rows(source, split)

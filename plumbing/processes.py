@@ -2,8 +2,7 @@
 
 Every process runs the same program on the same data and makes the same random choices. Only the heavy calls
 are shared out: sampling, grading, scoring, the update. So all statistics are over all processes, and a
-checkpoint is that of a run of one process. With a single process everything here does nothing.
-"""
+checkpoint is that of a run of one process. With a single process everything here does nothing."""
 
 import os
 import sys
@@ -35,9 +34,6 @@ def join_processes() -> None:
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     print(f"{world_size()} processes")
-
-
-# --- Sharing out ------------------------------------------------------------------------------------------
 
 
 def shares(costs: list[int], n: int) -> list[list[int]]:
@@ -84,16 +80,10 @@ def any_process(flag: bool) -> bool:
 
 
 def shared_out(items: list, costs: list[int], work: Callable[[list], list], replicas: int = 1) -> list:
-    """work(items), one result per item, by processes that each work on a share.
-
-    `replicas` neighbouring processes work on the same share.
-    """
+    """work(items), a result per item, by processes that share it out; `replicas` neighbours get the same."""
     own = shares(costs, world_size() // replicas)[rank() // replicas]
     results = union(dict(zip(own, work([items[i] for i in own]))))
     return [results[i] for i in range(len(items))]
-
-
-# --- Sharded tensors and random states --------------------------------------------------------------------
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

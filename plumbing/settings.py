@@ -41,6 +41,7 @@ class MachineConfig:
     logit_chunk: int = HfArg(default=1024, help="tokens whose logits exist at once")
     max_skipped_updates: int = HfArg(default=3, help="updates in a row, not finite, that stop a run")
     threads: int = HfArg(default=0, help="CPU threads; 0: torch's choice")
+    track: Literal["none", "trackio", "wandb", "tensorboard"] = HfArg(default="none", help="gets metrics")
     plan: bool = HfArg(default=False, help="print the GPU memory that is needed, and stop; loads no weights")
     gpu_gb: float = HfArg(default=0, help="for --plan, the GPU's memory in GB; 0: of the one there, else 80")
 

@@ -1,10 +1,7 @@
-"""Symbolic equality of answers: Math-Verify in worker processes with limits on time and memory. This file
-is also their program.
+"""Symbolic equality: Math-Verify in worker processes, whose program this is, with limits on time and memory.
 
 The limits: Linux; macOS has the time limit alone. In the trainer itself only an alarm signal in the main
-thread could stop a comparison that hangs. Nothing heavy is imported here, so that a worker starts fast and
-fits into its memory limit.
-"""
+thread could stop a comparison that hangs. Nothing heavy is imported: workers must start fast and fit."""
 
 import contextlib
 import json
@@ -27,8 +24,7 @@ class SymbolicChecker:
 
     Subprocesses and not `multiprocessing`: its spawn runs the main module again in the child, and train.py
     imports torch. A worker ends by itself when its input closes, and its own alarm clock ends it when a
-    question takes too long, so neither a hung comparison nor a killed trainer leaves a process behind.
-    """
+    question takes too long, so neither a hung comparison nor a killed trainer leaves a process behind."""
 
     def __init__(self) -> None:
         self.timeouts = 0  # questions given up because their worker ran into a limit or died
@@ -37,10 +33,8 @@ class SymbolicChecker:
         self._lock = threading.Lock()
 
     def equal(self, gold: str, answer: str) -> bool:
-        """Whether two LaTeX answers are equal. TimeoutError if the worker does not survive the question.
-
-        RuntimeError if a worker does not start, as without Math-Verify: grading all wrong would be worse.
-        """
+        """Whether two LaTeX answers are equal. TimeoutError if the worker does not survive the question,
+        RuntimeError if none starts, as without Math-Verify: grading all wrong would be worse."""
         if max(len(gold), len(answer)) > MAX_ANSWER_CHARS:
             return False
         with self._free:
@@ -107,8 +101,8 @@ def serve_symbolic() -> None:
 
     logging.disable(logging.CRITICAL)  # Math-Verify warns about every answer it cannot parse
     replies, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not write into the replies
-    how = dict(basic_latex=True, units=False, malformed_operators=True, nits=True, equations=False)
-    keep_units = NormalizationConfig(**how, boxed="all")
+    rules = dict(basic_latex=True, malformed_operators=True, nits=True, boxed="all", equations=False)
+    keep_units = NormalizationConfig(**rules, units=False)
     literal = [LatexExtractionConfig(normalization_config=keep_units), ExprExtractionConfig()]
     sys.stdin.readline()
     print("ready", file=replies, flush=True)

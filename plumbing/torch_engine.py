@@ -1,7 +1,6 @@
 """An engine in plain PyTorch: a decoding loop over the model and its cache, on any device.
 
-Each distinct prompt of a batch is read once, and rows that have ended leave the batch.
-"""
+Each distinct prompt of a batch is read once, and rows that have ended leave the batch."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,10 +20,8 @@ KEEP = 3 / 4  # rows that have ended leave a batch when less than this share of 
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer, in buffers with room for ROOM more tokens.
-
-    transformers' own layer copies all that it holds for each token that it takes in.
-    """
+    """Keys and values of one layer, in buffers with room for ROOM more tokens: transformers' own layer
+    copies all that it holds for each token that it takes in."""
 
     buffers = None  # of keys and of values, (B, heads, capacity, head dim)
 
@@ -56,10 +53,8 @@ def check_requests(requests: list[Request], context: float) -> None:
 
 
 def draw(logits: torch.Tensor, temperature: float, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token of each row of logits (B, V), and its log-probability under what it was drawn from: (B,) each.
-
-    Temperature first, then top-p. temperature 0: the likeliest token, its log-probability at temperature 1.
-    """
+    """A token of each row of logits (B, V), and its log-prob under what it was drawn from: (B,) each, by
+    temperature, then top-p. temperature 0: the likeliest token, its log-prob at temperature 1."""
     logits = logits.float() / (temperature or 1)
     if top_p < 1:
         logits = TopPLogitsWarper(top_p)(None, logits)
@@ -72,8 +67,7 @@ class TorchEngine:
     """Samples from the trained model itself (weights are never stale) or from a copy of it.
 
     batch_tokens: rows x longest sequence of a batch, a memory knob. Requests of similar length share a batch.
-    autocast: makes the context manager of forward passes, the trainer's.
-    """
+    autocast: makes the context manager of forward passes, the trainer's."""
 
     def __init__(self, model, tokenizer, batch_tokens: int = 32768, autocast: Callable = nullcontext):
         self.model, self.batch_tokens, self.autocast = model, batch_tokens, autocast
@@ -84,8 +78,7 @@ class TorchEngine:
         """Sample one response per request, in the order of the requests. temperature 0 is greedy.
 
         Log-probabilities are of the distribution that was sampled from, temperature and top-p included.
-        Raises ValueError in one sentence for a request that cannot be served.
-        """
+        Raises ValueError in one sentence for a request that cannot be served."""
         check_requests(requests, positions(self.model.config))
         self.model.eval()
         responses: dict[int, Response] = {}
@@ -153,7 +146,6 @@ class TorchEngine:
                 own[name].copy_(weight)
 
     def sleep(self) -> None:
-        """Nothing to free."""
+        """Nothing to free, here or when it is closed."""
 
-    def close(self) -> None:
-        """Nothing to release."""
+    close = sleep

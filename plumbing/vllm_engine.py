@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from plumbing.memory_plan import at_once, shape_of, vllm_cache
+from plumbing.memory_plan import shape_of
 from plumbing.models import stop_ids
 from plumbing.nouns import Request, Response
 from plumbing.processes import full_weights, world_size
@@ -20,8 +20,7 @@ class VLLMEngine:
 
     max_tokens: longest prompt plus its budget. gpu_memory: share of each of n_gpus that vLLM may use.
     sleep_mode: let `sleep` hand that share back until the next `load` (CUDA only). Raises ValueError in one
-    sentence if vLLM does not start. Prefix caching serves requests of one call that share a prefix.
-    """
+    sentence if vLLM does not start. Prefix caching serves requests of one call that share a prefix."""
 
     def __init__(self, model_name, tokenizer, max_tokens, seed=0, gpu_memory=0.4, sleep_mode=False, n_gpus=1):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: weights are handed over as they are
@@ -43,8 +42,8 @@ class VLLMEngine:
             ways |= dict(logprobs_mode="processed_logprobs", enable_sleep_mode=sleep_mode)
             if torch.cuda.is_available():
                 shape, card = shape_of(model_name), torch.cuda.get_device_properties(0).total_memory
-                cache = vllm_cache(shape, gpu_memory * card * n_gpus)
-                sizes |= dict(max_num_seqs=at_once(shape, cache, max_tokens))
+                cache = shape.vllm_cache(gpu_memory * card * n_gpus)
+                sizes |= dict(max_num_seqs=shape.at_once(cache, max_tokens))
             threads = torch.get_num_threads()
             self.llm = LLM(model_name, **sizes, **ways)
             torch.set_num_threads(threads)  # vLLM may have set one, for the trainer, too

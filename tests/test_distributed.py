@@ -28,11 +28,10 @@ from plumbing import learner as learner_module
 from plumbing.engines import SharedEngine
 from plumbing.grader import Grader
 from plumbing.learner import Learner, passes, shard
-from plumbing.logs import Clock, step_metrics
+from plumbing.logs import Clock, Progress, step_metrics
 from plumbing.models import ATTENTION, load_model, load_tokenizer, prompt_ids
 from plumbing.problems import load_problems
 from plumbing.processes import full_weights, rank, whole, world_size
-from plumbing.progress import Progress
 from plumbing.projection import token_logps
 from plumbing.settings import MachineConfig
 from plumbing.torch_engine import TorchEngine

@@ -9,7 +9,7 @@ from conftest import ROOT
 METHOD = ("fci", "tree", "sampler", "attnrl", "train", "eval")
 PLUMBING = [f"plumbing.{path.stem}" for path in sorted((ROOT / "plumbing").glob("*.py"))]
 WITH_EXAMPLES = {"fci", "tree", "sampler", "eval"} | {
-    f"plumbing.{name}" for name in ("agreement", "answers", "learner", "processes", "logs")
+    f"plumbing.{name}" for name in ("agreement", "answers", "learner", "processes", "report")
 }
 
 

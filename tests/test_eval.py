@@ -15,9 +15,8 @@ from scripted import PROBLEMS, SETTINGS, TEXTS, CharTokenizer, ScriptedEngine
 
 import eval as evaluation
 from eval import evaluate, grade, load_benchmarks, parse_args, pass_at_k
-from plumbing.compare import compare
+from plumbing.evaluations import SampleFile, compare
 from plumbing.problems import BENCHMARKS
-from plumbing.samples import SampleFile
 from plumbing.symbolic import CHECKER
 from plumbing.torch_engine import TorchEngine
 

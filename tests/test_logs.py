@@ -6,8 +6,9 @@ import pytest
 
 from attnrl import Problem, Rollout
 from plumbing.learner import NonFiniteUpdates
-from plumbing.logs import Clock, Log, batch_metrics, describe_tree, n_generated, stopped, update_metrics
+from plumbing.logs import Clock, Log, batch_metrics, n_generated, stopped, update_metrics
 from plumbing.nouns import Sequence
+from plumbing.report import describe_trees
 
 
 def test_the_clock_adds_up_parts_and_stops_at_an_error():
@@ -99,7 +100,7 @@ def test_tokens_of_a_prefix_were_generated_before():
 
 
 def test_the_tree_that_is_logged_has_mixed_outcomes_and_the_most_leaves():
-    tree = describe_tree(batch(), step=7)
+    (tree,) = describe_trees(batch(), step=7)
     assert (tree["step"], tree["problem"], tree["answers"], tree["branches"]) == (7, "p", ["1"], [(0, 1)])
     assert json.loads(json.dumps(tree))["branches"] == [[0, 1]]  # a line of JSON can hold it
     assert [(r["family"], r["start"], r["reward"]) for r in tree["rollouts"]] == [

@@ -67,12 +67,12 @@ def test_weights_gradients_and_moments(model_and_shape):
     optimizer = torch.optim.AdamW(model.parameters())
     model(some_ids()).logits.mean().backward()
     optimizer.step()
-    assert memory_plan.weights(s) == nbytes(model.parameters())
-    assert memory_plan.weights(s) == nbytes(p.grad for p in model.parameters())
+    assert s.weights() == nbytes(model.parameters())
+    assert s.weights() == nbytes(p.grad for p in model.parameters())
     moments = nbytes(t for state in optimizer.state.values() for t in state.values())
-    assert near(memory_plan.moments(s), moments)
-    assert memory_plan.reference(s, autocast=True) == nbytes(p.to(torch.bfloat16) for p in model.parameters())
-    assert memory_plan.reference(s, autocast=False) == memory_plan.weights(s)
+    assert near(s.moments(), moments)
+    assert s.reference(autocast=True) == nbytes(p.to(torch.bfloat16) for p in model.parameters())
+    assert s.reference(autocast=False) == s.weights()
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -94,10 +94,10 @@ def test_activations_kept_for_backward(model_and_shape, autocast, checkpointing)
     copies = [t for t in saved if is_cast(t)]
     picked = hidden.clone()  # what picking response tokens makes
     activations = [*(t for t in saved if not is_cast(t)), hidden, picked]
-    layers = s.layers * memory_plan.layer_activations(s, TOKENS, autocast)
+    layers = s.layers * s.layer_activations(TOKENS, autocast)
     if checkpointing:
-        layers = memory_plan.layer_inputs(s, TOKENS)
-    assert near(layers + memory_plan.last_hidden(s, TOKENS), nbytes(activations))
+        layers = s.layer_inputs(TOKENS)
+    assert near(layers + s.last_hidden(TOKENS), nbytes(activations))
     assert near(memory_plan.casts(s.layers * s.layer, autocast and not checkpointing), nbytes(copies))
 
 
@@ -109,7 +109,7 @@ def test_peaks_of_forward_and_backward_through_the_layers(model_and_shape, autoc
     with LiveBytes() as live, torch.no_grad(), autocast_to(autocast):
         model.base_model(input_ids=some_ids(), use_cache=False)
     copies = memory_plan.casts(s.layers * s.layer, autocast)
-    assert near(memory_plan.layer_forward(s, TOKENS, autocast) + copies, live.peak)
+    assert near(s.layer_forward(TOKENS, autocast) + copies, live.peak)
 
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with LiveBytes() as live:
@@ -119,8 +119,8 @@ def test_peaks_of_forward_and_backward_through_the_layers(model_and_shape, autoc
         del hidden
         live.peak = 0
         loss.backward()
-    planned = memory_plan.layer_inputs(s, TOKENS) + memory_plan.layer_activations(s, TOKENS, autocast)
-    planned += memory_plan.layer_backward(s, TOKENS, autocast) + memory_plan.casts(s.layer, autocast)
+    planned = s.layer_inputs(TOKENS) + s.layer_activations(TOKENS, autocast)
+    planned += s.layer_backward(TOKENS, autocast) + memory_plan.casts(s.layer, autocast)
     assert near(planned, live.peak)
 
 
@@ -157,13 +157,13 @@ def test_logits(model_and_shape, autocast, chunk):
         with torch.no_grad():
             token_logps(output, batch, 1.0, chunk, with_entropy=True)
     head_copy = memory_plan.casts(head.weight.numel(), autocast)
-    assert near(memory_plan.logits(s, chunk) + head_copy + hidden // 2, live.peak)
+    assert near(s.logits(chunk) + head_copy + hidden // 2, live.peak)
     with LiveBytes() as live:
         with autocast_to(autocast):
             logps, _ = token_logps(output, batch, 1.0, chunk)
         live.peak = 0
         logps.sum().backward()
-    assert near(memory_plan.logits_backward(s, chunk, autocast) + hidden, live.peak)
+    assert near(s.logits_backward(chunk, autocast) + hidden, live.peak)
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])
@@ -211,12 +211,12 @@ def test_fci_and_cache(model_and_shape):
     hook = StepHook(torch.arange(TOKENS)[None] * 60 // TOKENS)
     with LiveBytes() as live:
         hook.add_layer(q, k, None, None)
-    assert near(memory_plan.fci(s12, TOKENS), live.peak)
+    assert near(s12.fci(TOKENS), live.peak)
     cache = DynamicCache()
     with torch.no_grad():
         model(some_ids(), past_key_values=cache)
     keys_and_values = nbytes(t for layer in cache.layers for t in (layer.keys, layer.values))
-    assert keys_and_values == TOKENS * memory_plan.kv_token(s, bytes_each=4)
+    assert keys_and_values == TOKENS * s.kv_token(bytes_each=4)
 
 
 def test_fci_under_autocast_casts_a_key_before_its_heads_share_it():
@@ -240,7 +240,7 @@ def test_peak_of_a_whole_microbatch(model_and_shape, checkpointing):
     flags += f"--max_prompt_tokens 1 --max_response_tokens {LENGTH}"
     rows = memory_plan.plan(s, *train.parse_config(flags.split()), card=1e9)
     state = sum(max(rows.pop(name)) for name in ("weights", "AdamW's moments", "reference", "gradients"))
-    assert state == 5 * memory_plan.weights(s)
+    assert state == 5 * s.weights()
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     if checkpointing:
@@ -276,7 +276,7 @@ def test_plan_of_the_papers_model(tmp_path, capsys):
     )
     config.save_pretrained(tmp_path)
     s = memory_plan.shape_of(str(tmp_path))
-    assert s.parameters == 1_777_088_000 and memory_plan.kv_token(s) == 28 * 2 * 2 * 128 * 2
+    assert s.parameters == 1_777_088_000 and s.kv_token() == 28 * 2 * 2 * 128 * 2
     train.train(*train.parse_config(["--model", str(tmp_path), "--plan", "--gpu_gb", "80"]))
     printed = capsys.readouterr().out
     assert f"so {(32_000_000_000 - 2 * s.parameters) // 28672:,} tokens" in printed

@@ -7,8 +7,8 @@ import torch
 from scripted import PROBLEMS, SETTINGS, TEXTS, CharTokenizer, ScriptedEngine
 
 from eval import evaluate
+from plumbing.evaluations import SampleFile
 from plumbing.nouns import Response
-from plumbing.samples import SampleFile
 
 
 def run(engine, path, chunk=3, seed=0):

@@ -68,7 +68,9 @@ def test_a_share_of_the_gpu_is_at_most_all_of_it():
 
 
 def test_a_run_goes_on_under_other_places_lengths_engines_and_memory_knobs_only():
-    where_and_how_long = "output_dir same_run steps token_budget save_every keep_checkpoints plan gpu_gb"
+    where_and_how_long = (
+        "output_dir same_run steps token_budget save_every keep_checkpoints plan gpu_gb track"
+    )
     engines = "engine max_engine_gap gpu_memory engine_sleep tensor_parallel threads"
     memory = "microbatch_tokens logit_chunk gradient_checkpointing max_skipped_updates"
     assert MAY_CHANGE == set(f"{where_and_how_long} {engines} {memory}".split())
