@@ -2,7 +2,8 @@
 
     python train.py --algo grpo --save_every 17 --eval_every 17 --output_dir runs/policy
     python experiments/gradients.py                # base, halfway and end of that run
-    python experiments/gradients.py --report       # the tables again, from what was measured
+    python experiments/gradients.py --report       # the tables again, of what is in --out
+    python experiments/gradients.py --report docs/lab/gradients.json --figure gradients.png      # or was kept
 
 The policy is fixed. Every rule gets independent batches that cost equally many generated tokens on average,
 and each batch gives one gradient of Eq. 1 at ratio 1, without the KL, scaled to unit length. Two numbers say
@@ -264,13 +265,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=15_000, help="generated per batch, on average")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/gradients"))
-    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument(
+        "--report", nargs="?", const="", help="measure nothing; of these results, or of --out"
+    )
     parser.add_argument("--figure", type=Path, help="draw what a token is worth there")
     parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)  # the program of the workers
     args = parser.parse_args()
     if args.share:
         return work(args)
-    if not args.report:
+    if args.report is None:
         for name, policy in zip(args.names, args.policies, strict=True):
             (args.out / name).mkdir(parents=True, exist_ok=True)
             if not (args.out / name / "setup.json").exists():
@@ -281,9 +284,12 @@ def main() -> None:
             with ThreadPoolExecutor(args.jobs) as pool:
                 shares = [[*command, str(i), str(args.jobs)] for i in range(args.jobs)]
                 list(pool.map(partial(subprocess.run, check=True), shares))
-    measured = [args.out / name for name in args.names if any((args.out / name).glob("*.npy"))]
-    found = {path.name: analyse(path, ARMS) for path in measured}
-    (args.out / "results.json").write_text(json.dumps(found, indent=1))
+    if args.report:
+        found = json.loads(Path(args.report).read_text())
+    else:
+        measured = [args.out / name for name in args.names if any((args.out / name).glob("*.npy"))]
+        found = {path.name: analyse(path, ARMS) for path in measured}
+        (args.out / "results.json").write_text(json.dumps(found, indent=1))
     if args.figure:
         draw(found, [*TREES, "GRPO 6", "GRPO 30"], args.figure)
     print(report(found, TREES))
