@@ -21,8 +21,8 @@ It works for every decoder that uses that interface. Padding, on the right, is h
 
 **Without an L x L matrix.** Attention is linear in its values. Running fused attention with *step indicators*
 as values (column k is 1 on the tokens of step k) returns the summed attention of every token to every step.
-Indicators are 0 or 1, exact in bf16 as 1 / tokens of a step would not be; the kernel's result is in the dtype
-of queries, all that follows in fp32. docs/engines.md says what it costs.
+Indicators are 0 or 1, exact in bf16 as 1 / tokens of a step would not be; the kernel computes in autocast's
+dtype, all that follows is fp32. docs/engines.md says what it costs.
 
 From the released code, not the paper: where no blank line is, single line breaks end steps, or else every
 token is one; the prompt, the first step, and everything from the last `</think>` on score 0. Ours: a blank
@@ -157,18 +157,18 @@ def attention_to_steps(query, key, step_ids, n_steps: int, reduce: Callable, mas
     Q, ..., K).
 
     Fused kernels want values as wide as keys, so K <= d steps go at a time. On a GPU that is flash attention
-    in bf16, the memory-efficient kernel in fp32 or with a mask. Keys are expanded for the Q heads that share
-    one, and copied only if autocast must cast them; `enable_gqa` may end in the kernel that writes L x L.
+    in bf16, the memory-efficient kernel in fp32 or with a mask; `enable_gqa` may take one that writes L x L.
     """
-    Q, d = query.shape[1] // key.shape[1], query.shape[-1]
-    chunks = []
+    Q, d, device = query.shape[1] // key.shape[1], query.shape[-1], query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    key = key.to(dtype)  # once: autocast would cast a copy for each of its heads
+    chunks, how = [], dict(attn_mask=mask, is_causal=mask is None, scale=scale)
     for k in torch.arange(n_steps, device=query.device).split(d):
         indicators = step_ids[..., None] == k  # (B, L, K)
-        values = F.pad(indicators, (0, d - len(k))).to(query.dtype)[:, None]  # (B, 1, L, d)
+        values = F.pad(indicators, (0, d - len(k))).to(dtype)[:, None]  # (B, 1, L, d)
         heads = []
         for q, shared_key in zip(query.split(Q, dim=1), key.split(1, dim=1)):
             inputs = q, shared_key.expand_as(q), values.expand_as(q)
-            how = dict(attn_mask=mask, is_causal=mask is None, scale=scale)
             attended = F.scaled_dot_product_attention(*inputs, **how)  # (B, Q, L, d)
             heads.append(reduce(attended[..., : len(k)].float(), k))
         chunks.append(torch.cat(heads, dim=1))

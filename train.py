@@ -167,10 +167,10 @@ def get_ready(run: RunConfig, method: MethodConfig) -> Ready | None:
             remedy = "raise the budget to go on, or choose another --output_dir"
             print(f"{out} is complete after {progress.step} steps: {remedy}")
             return None
+        once(lambda: checkpoints.check_room(out, run))
         trainer = build(run, method, tokenizer, checkpoint)
-        model, size = trainer.learner.model, trainer.learner.model.num_parameters()
-        once(lambda: checkpoints.check_room(out, size, run))
-    about = f"{Path(run.model).name}, {size:,} parameters on {model.device}"
+    model = trainer.learner.model
+    about = f"{Path(run.model).name}, {model.num_parameters():,} parameters on {model.device}"
     print(f"{run.algo}: {about}; {len(train_problems)} problems")
     if checkpoint:
         print(f"resuming from {checkpoint}")

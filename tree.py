@@ -41,7 +41,7 @@ class Measured:
 
 
 def fci_candidates(fci: np.ndarray, quantile: float) -> np.ndarray:
-    """Steps that ATB may branch at (Eq. 7), ascending: the top `quantile` by FCI, never one of FCI 0.
+    """Steps that ATB may branch at (Eq. 7), ascending: the share `quantile` of most FCI, never one of FCI 0.
 
     >>> fci_candidates(np.array([0, 1, 5, 2, 9.0]), 0.4)
     array([2, 4])
@@ -89,8 +89,8 @@ RULES |= dict(random=at_random, earliest=earliest, late=late)
 def branch_points(rule: str, response: Measured, n: int, quantile: float, gap: int, rng) -> list[int]:
     """Up to `n` token positions of one response from which to sample again, ascending.
 
-    Of those that the rule returns, the best first, it takes none that is token 0, in or after the step with
-    the last `</think>`, or within `gap` tokens of another one or of the start. quantile: rho of Eq. 7.
+    Walks the rule's positions, the best first, and takes those that lie before the step with the last
+    `</think>`, and at least `gap` tokens from the start and from each other. quantile: rho of Eq. 7.
 
     >>> response = Measured(["…"] * 5, [0, 9, 18, 27, 36], np.array([0, 1, 5, 2, 9.0]), np.zeros(45), 1.0, 5)
     >>> branch_points("fci", response, n=2, quantile=0.4, gap=0, rng=np.random.default_rng(0))

@@ -35,6 +35,8 @@ sys.path.insert(0, str(ROOT))
 
 from attnrl import AttnRL, MethodConfig, Problem
 from eval import grade
+from experiments.gradient_report import KINDS, analyse, report
+from experiments.lab import oracle
 from fci import StepHook, fci_of_response
 from plumbing.grader import Grader
 from plumbing.learner import Learner
@@ -47,19 +49,12 @@ from sampler import choose_responses, expansion
 from tiny.make import step_kind
 from tree import RULES, Leaf, branch_points, group_advantages, grow, tree_advantages
 
-KINDS = ["pivotal", "local", "filler"]
 GROUP = 30  # responses of GRPO, as many as the leaves of a tree
 POOL = 72  # problems of a batch index; a rule uses the first of them, as many as it can pay for
 PILOT, REFERENCE = 10_000, 20_000  # seeds of batches that no rule is measured on
 BINS = 10  # of a response, for the profile of a tree's advantages
 
 
-def oracle(response, quantile: float, rng) -> list[int]:
-    """The pivotal steps of the embedded world, which no method can know, from left to right."""
-    return [s for s, text in zip(response.starts, response.step_texts) if step_kind(text) == "pivotal"]
-
-
-RULES["oracle"] = oracle
 LATER = {"fci": "sum", "fci_mean": "mean", "fci_window": "window"}  # values of --fci_later
 TREES = [*LATER, "entropy", "sentence_entropy", "random", "earliest", "late", "oracle"]
 GROUP_ADVANTAGE = ["fci", "random", "earliest"]  # the same trees, credited as GRPO does
@@ -73,6 +68,7 @@ class Bench:
     """A fixed policy, and what samples from it, grades, scores and differentiates."""
 
     def __init__(self, model: str):
+        RULES["oracle"] = oracle
         self.tokenizer, self.model = load_tokenizer(model), load_model(model)
         machine = MachineConfig(autocast="none", microbatch_tokens=4096, logit_chunk=512)
         self.learner = Learner(self.model, None, None, machine)
@@ -94,7 +90,7 @@ class Bench:
             rollout.reward = float(reward)
             problem.rollouts.append(rollout)
         for way in later:
-            self.learner.hook = partial(StepHook, later=way)
+            self.learner.make_hook = partial(StepHook, later=way)
             for (_, rollout), score in zip(fresh, method.score(fresh), strict=True):
                 rollout.entropies = score.entropies.tolist()
                 fci = fci_of_response(score.fci, rollout.n_scored, len(rollout.steps))
@@ -259,148 +255,13 @@ def work(args: argparse.Namespace) -> None:
             print(f"{args.names[0]}: batch {b}", file=sys.stderr, flush=True)
 
 
-# --- Statistics -------------------------------------------------------------------------------------------
-
-
-def consistency(gram: np.ndarray) -> float:
-    """Mean cosine between different batches; gram: (n, n), of unit vectors."""
-    n = len(gram)
-    return float((gram.sum() - np.trace(gram)) / (n * (n - 1)))
-
-
-def jackknife(statistic, n: int) -> tuple[float, float]:
-    """A statistic of the batches' indices, and its standard error."""
-    everything = np.arange(n)
-    left_out = np.array([statistic(np.delete(everything, b)) for b in range(n)])
-    return statistic(everything), float(((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum()) ** 0.5)
-
-
-def two_sided_p(t: float, degrees: int) -> float:
-    """Of Student's t, by integrating its density from |t| on, over u = |t| / x in (0, 1]."""
-    if t == 0:
-        return 1.0
-    u = (np.arange(20_000) + 0.5) / 20_000
-    x = abs(t) / u
-    log_constant = torch.lgamma(torch.tensor([(degrees + 1) / 2, degrees / 2], dtype=torch.float64))
-    constant = np.exp(float(log_constant[0] - log_constant[1])) / (degrees * np.pi) ** 0.5
-    density = constant * (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
-    return min(1.0, float(2 * (density * abs(t) / u**2).mean()))
-
-
-def holm(p_values: dict[str, float]) -> dict[str, float]:
-    """Holm's adjusted p-values of a family of tests."""
-    adjusted, largest = {}, 0.0
-    for i, name in enumerate(sorted(p_values, key=p_values.get)):
-        largest = max(largest, min(1.0, (len(p_values) - i) * p_values[name]))
-        adjusted[name] = largest
-    return adjusted
-
-
-def analyse(out: Path) -> dict:
-    """Per metric and arm: consistency, agreement, signal to noise, and paired differences of consistency."""
-    numbers = sorted(int(p.stem) for p in out.glob("*.json") if p.stem.isdigit())
-    stacked = np.stack([np.load(out / f"{b}.npy") for b in numbers])  # (batches, arms + reference, weights)
-    n, names = len(numbers), [*ARMS, "reference"]
-    about = [json.loads((out / f"{b}.json").read_text()) for b in numbers]
-    scale = np.sqrt((stacked[:, -1] ** 2).mean(0))
-    found = {"batches": n, "why": {a: sums([x[a] for x in about]) for a in ARMS}, "metrics": {}}
-    for metric, divisor in (("plain", 1.0), ("Adam", scale + 1e-3 * scale.mean())):
-        units = {}
-        for i, name in enumerate(names):
-            vectors = stacked[:, i] / divisor
-            units[name] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        target = (stacked[:, -1] / divisor).mean(0)
-        target /= np.linalg.norm(target)
-        grams = {name: u @ u.T for name, u in units.items()}
-        c = {name: (lambda kept, g=g: consistency(g[np.ix_(kept, kept)])) for name, g in grams.items()}
-        rows, tests = {}, {}
-        for name in ARMS:
-            value, error = jackknife(c[name], n)
-            cosines = units[name] @ target
-            reliable = n * value / (1 + (n - 1) * value)  # of the mean of n batches
-            c_ref = c["reference"](np.arange(n))
-            both = max(reliable * n * c_ref / (1 + (n - 1) * c_ref), 1e-9) ** 0.5
-            mean = units[name].mean(0)
-            tokens = found["why"][name]["tokens"] / n
-            rows[name] = dict(consistency=value, error=error, tokens=tokens)
-            rows[name] |= dict(
-                agreement=float(cosines.mean()), agreement_error=float(cosines.std(ddof=1) / n**0.5)
-            )
-            rows[name] |= dict(snr=value / (1 - value) * found["why"]["GRPO 30"]["tokens"] / n / tokens)
-            rows[name] |= dict(direction=float(mean @ target / np.linalg.norm(mean)) / both)
-        for other in ("GRPO 30", "random"):
-            tests[other] = {}
-            for name in ARMS:
-                if name != other:
-                    difference, error = jackknife(lambda k, a=name: c[a](k) - c[other](k), n)  # noqa: B023
-                    p = two_sided_p(difference / error, n - 1)
-                    tests[other][name] = dict(difference=difference, error=error, p=p)
-            adjusted = holm({name: t["p"] for name, t in tests[other].items()})
-            for name, p in adjusted.items():
-                tests[other][name]["holm"] = p
-        found["metrics"][metric] = {"rows": rows, "against": tests}
-    return found
-
-
-def sums(dicts: list[dict]) -> dict:
-    total = Counter()
-    for d in dicts:
-        total.update(d)
-    return dict(total)
-
-
-GRADIENTS = ["row", "tokens", "consistency", "SNR per token", "agreement", "direction"]
-GRADIENTS += ["less GRPO 30's", "p", "less random's", "p"]
-WHY = ["rule", *KINDS, "place", "mixed continuations", "tokens per useful sequence", "problems"]
-
-
-def table(title: str, header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return f"\n**{title}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in lines)
-
-
-def with_interval(value: float, error: float, sign: str = "") -> str:
-    return f"{value:{sign}.3f} ± {1.96 * error:.3f}"
-
-
-def report(found: dict[str, dict]) -> str:
-    """Markdown tables of `analyse`, by policy. SNR per token is relative to GRPO with 30 responses."""
-    tables = []
-    for policy, measured in found.items():
-        for metric, part in measured["metrics"].items():
-            rows, base = [], part["rows"]["GRPO 30"]["snr"]
-            for name, r in part["rows"].items():
-                cells = [name, f"{r['tokens']:,.0f}", with_interval(r["consistency"], r["error"])]
-                cells += [f"{r['snr'] / base:.2f}", with_interval(r["agreement"], r["agreement_error"])]
-                cells += [f"{r['direction']:.2f}"]
-                for other in part["against"].values():
-                    t = other.get(name)
-                    cells += (
-                        [with_interval(t["difference"], t["error"], "+"), f"{t['holm']:.3f}"]
-                        if t
-                        else ["–", "–"]
-                    )
-                rows.append(cells)
-            tables.append(table(f"{policy}, {metric} metric, {measured['batches']} batches", GRADIENTS, rows))
-        rows = []
-        for rule in TREES:
-            w = measured["why"][rule]
-            cells = [rule, *(f"{w['points_' + kind] / w['points']:.0%}" for kind in KINDS)]
-            cells += [f"{w['place_sum'] / w['points']:.2f}", f"{w['mixed'] / w['branched']:.0%}"]
-            rows.append(
-                [*cells, f"{w['tokens'] / w['useful']:.0f}", f"{w['problems'] / measured['batches']:.0f}"]
-            )
-        tables.append(table(f"{policy}, why", WHY, rows))
-    return "\n".join(tables)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     policies = ["tiny", "runs/policy/checkpoint-17", "runs/policy/checkpoint-34"]
     parser.add_argument("--policies", nargs="+", default=policies, help="directories of models")
     parser.add_argument("--names", nargs="+", default=["base", "halfway", "end"], help="of the policies")
     parser.add_argument("--batches", type=int, default=40)
-    parser.add_argument("--tokens", type=int, default=30_000, help="generated per batch, on average")
+    parser.add_argument("--tokens", type=int, default=15_000, help="generated per batch, on average")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/gradients"))
     parser.add_argument("--report", action="store_true", help="measure nothing")
@@ -414,23 +275,15 @@ def main() -> None:
             if not (args.out / name / "setup.json").exists():
                 torch.set_num_threads(1)
                 (args.out / name / "setup.json").write_text(json.dumps(pilot(Bench(policy), args.tokens)))
-            command = [
-                sys.executable,
-                __file__,
-                "--policies",
-                policy,
-                "--names",
-                name,
-                "--out",
-                str(args.out),
-            ]
-            command += ["--batches", str(args.batches), "--share"]
+            flags = f"--out {args.out} --batches {args.batches} --names {name} --share".split()
+            command = [sys.executable, __file__, "--policies", policy, *flags]
             with ThreadPoolExecutor(args.jobs) as pool:
                 shares = [[*command, str(i), str(args.jobs)] for i in range(args.jobs)]
                 list(pool.map(partial(subprocess.run, check=True), shares))
-    found = {p.name: analyse(p) for p in (args.out / name for name in args.names) if any(p.glob("*.npy"))}
+    measured = [args.out / name for name in args.names if any((args.out / name).glob("*.npy"))]
+    found = {path.name: analyse(path, ARMS) for path in measured}
     (args.out / "results.json").write_text(json.dumps(found, indent=1))
-    print(report(found))
+    print(report(found, TREES))
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def run(args: argparse.Namespace) -> None:
     model, cfg = load_model(args.model), MethodConfig()
     hook = partial(StepHook, delta=cfg.fci_delta, later=cfg.fci_later)
     machine = MachineConfig(autocast="none")
-    learner = Learner(model, None, None, machine, temperature=cfg.temperature, hook=hook)
+    learner = Learner(model, None, None, machine, temperature=cfg.temperature, make_hook=hook)
     torch.manual_seed(args.seed)
     response = read_response(args, tokenizer, model, prompt, context)
     s = score(learner, tokenizer, prompt, response, cfg)

@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from plumbing.memory_plan import shape_of
 from plumbing.processes import on_rank_0, rank, union, world_size
 from plumbing.settings import InputError, RunStopped
 
@@ -90,9 +91,9 @@ def provenance() -> dict[str, str]:
     return {"commit": commit, "machine": machine}
 
 
-def check_room(out: Path, n_parameters: int, run) -> None:
+def check_room(out: Path, run) -> None:
     """Raises InputError unless the disk holds the checkpoints that will exist at once. run: RunConfig."""
-    size = 12 * n_parameters  # bytes: fp32 weights and two moments of AdamW
+    size = 12 * shape_of(run.model).parameters  # bytes: fp32 weights and two moments of AdamW
     at_once = min(run.keep_checkpoints + 1, math.ceil(run.steps / run.save_every))  # the oldest goes last
     needed, free = (at_once - len(checkpoints(out))) * size, shutil.disk_usage(out).free
     if free < needed:
@@ -112,9 +113,8 @@ def save_or_stop(out: Path, step: int, *what) -> None:
 
 
 def save_checkpoint(out: Path, step: int, learner, tokenizer, state: dict, keep: int) -> None:
-    """Write checkpoint-STEP aside, then rename it: under its final name a checkpoint is complete.
-
-    Sharded tensors are saved whole. state: plain JSON, all but weights, optimiser and random state."""
+    """Write checkpoint-STEP aside, then rename it: under its final name a checkpoint is complete. Sharded
+    tensors are saved whole. state: plain JSON, all but weights, optimiser and random state."""
     weights, optimizer = on_rank_0(learner.model.state_dict()), learner.optimizer.state_dict()
     optimizer["state"] = {i: on_rank_0(moments) for i, moments in optimizer["state"].items()}
     rng = {"cpu": torch.get_rng_state()}
@@ -204,8 +204,7 @@ def cut_log(path: Path, n_lines: int) -> None:
 
 def restore(learner, checkpoint: Path, state: dict) -> None:
     """Optimiser and random state; the weights come with the model, and `verify_sync` pushes them."""
-    # mapped: held once per node
-    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, mmap=world_size() > 1)
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, mmap=world_size() > 1)  # one per node
     for i, parameter in enumerate(learner.model.parameters()):
         if isinstance(parameter, DTensor):
             moments, placed = saved["optimizer"]["state"].get(i, {}), parameter.placements

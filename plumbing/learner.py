@@ -61,9 +61,8 @@ def passes(lengths: list[int], budget: int) -> list[Pass]:
 
 
 def shard(model) -> None:
-    """Split weights, gradients and the optimiser's state over the processes (FSDP2), if there are several.
-
-    A layer's weights are gathered, in their own dtype, when it runs: all must run the model equally often."""
+    """Split weights, gradients and the optimiser's state over the processes (FSDP2), if there are several. A
+    layer's weights are gathered, in their own dtype, when it runs: all must run the model equally often."""
     if world_size() == 1:
         return
     for module in model.modules():
@@ -85,12 +84,14 @@ class Learner:
     """Scores and trains `model`, in place.
 
     reference: frozen copy of the initial model, or None for losses that need none. temperature: of all log-
-    probs. hook(step_ids) measures FCI. grad_clip: largest norm. ValueError for a model it cannot score."""
+    probs. make_hook(step_ids): what measures FCI. ValueError for a model that it cannot score."""
 
-    def __init__(self, model, reference, optimizer, machine, *, temperature=1, hook=StepHook, grad_clip=1.0):
+    def __init__(
+        self, model, reference, optimizer, machine, *, temperature=1, make_hook=StepHook, grad_clip=1
+    ):
         check_model(model)
         self.model, self.reference, self.optimizer, self.machine = model, reference, optimizer, machine
-        self.temperature, self.hook, self.grad_clip = temperature, hook, grad_clip
+        self.temperature, self.make_hook, self.grad_clip = temperature, make_hook, grad_clip
         self.autocast_dtype = autocast_dtype(machine)
         self.skipped_in_a_row = 0  # updates, across steps and checkpoints
 
@@ -105,9 +106,9 @@ class Learner:
         return token_logps(model, pairs, self.temperature, chunk, step_hook, with_entropy)
 
     @torch.no_grad()
-    def score(self, sequences: list[Sequence], with_entropy: bool = False, hook=None) -> list[Score]:
+    def score(self, sequences: list[Sequence], with_entropy: bool = False, make_hook=None) -> list[Score]:
         """Log-probs under the current weights; entropies where asked; FCI if all (not some) have step ids, or
-        what `fci()` of another hook(step_ids) returns."""
+        what `fci()` of another make_hook(step_ids) returns."""
         self.model.eval()
         found: dict[int, Score] = {}
         for forward in passes([len(s) for s in sequences], self.machine.microbatch_tokens):
@@ -115,7 +116,7 @@ class Learner:
             lengths, nothing, seen = [len(s.response_ids) for s in batch], [None] * len(batch), None
             if batch[0].step_ids is not None:
                 step_ids = collate([s.step_ids for s in batch], PADDING, self.model.device)
-                seen = (hook or self.hook)(step_ids)
+                seen = (make_hook or self.make_hook)(step_ids)
             with self.autocast():
                 logps, entropies = self.logps(self.model, batch, seen, with_entropy)
             of_rows = logps.cpu().split(lengths), entropies.cpu().split(lengths) if with_entropy else nothing
@@ -189,6 +190,6 @@ def make_learner(run, method, weights: str) -> Learner:
         shard(each)
     fused = torch.cuda.is_available()  # makes no copy of the state
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=run.weight_decay, fused=fused)
-    hook = functools.partial(StepHook, delta=method.fci_delta, later=method.fci_later)
-    constants = dict(temperature=method.temperature, hook=hook, grad_clip=method.grad_clip)
-    return Learner(model, reference, optimizer, run, **constants)
+    make_hook = functools.partial(StepHook, delta=method.fci_delta, later=method.fci_later)
+    constants = dict(temperature=method.temperature, grad_clip=method.grad_clip)
+    return Learner(model, reference, optimizer, run, make_hook=make_hook, **constants)

@@ -78,7 +78,6 @@ class Shape:
 
     def logits_backward(self, chunk: int, autocast: bool) -> int:
         """Backward: log-probs and two gradients beside the output layer's; then it, the chunk's and the sum.
-
         Under autocast these weight gradients are bf16, and a bf16 copy of the weight is beside the logits."""
         c, w = FP32 * chunk * self.vocabulary, (BF16 if autocast else FP32) * self.vocabulary * self.width
         return max(3 * c + 2 * w, c // 2 + 3 * w) if autocast else max(3 * c + w, 3 * w)
@@ -92,12 +91,12 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_dim * bytes_each
 
     def vllm_cache(self, memory: float) -> int:
-        """What its weights leave for its cache of the memory that vLLM may use."""
+        """vLLM's memory less its bf16 weights; its activations and CUDA graphs are not subtracted."""
         return max(0, int(memory) - BF16 * self.parameters)
 
     def at_once(self, cache: int, longest: int) -> int:
-        """Responses that vLLM samples at once: twice what its cache holds at full length, since one under way
-        has half of that on average. It would drop some of more, and read them again. Its limit is 1,024."""
+        """Responses that vLLM samples at once: twice as many as its cache holds at full length, since those
+        under way have half of it on average. It would drop some of more; its default is 1,024."""
         return min(1024, max(1, 2 * cache // (self.kv_token() * longest)))
 
 
@@ -129,10 +128,10 @@ PHASES = ["sample, score", "forward", "backward: logits", "backward: layers"]  #
 
 
 def plan(s: Shape, run, method, card: float) -> dict[str, list[int]]:
-    """Bytes of every part in each of PHASES. run, method: RunConfig, MethodConfig; card: bytes of GPU memory.
+    """Bytes of every part in each of PHASES. run, method: RunConfig and MethodConfig; card: its bytes.
 
-    In a column all rows count as alive at once: of sampling and scoring, which take turns, one is then
-    counted too high, by less than a row of it."""
+    In a column all rows count as alive at once. Sampling and scoring take turns, so the first column is too
+    high, by at most one row."""
     longest = method.max_prompt_tokens + method.max_response_tokens
     tokens, autocast, chunk = max(run.microbatch_tokens, longest), run.autocast != "none", run.logit_chunk
     whole, layer = casts(s.linear, autocast), casts(s.layer, autocast)
@@ -163,8 +162,9 @@ def plan(s: Shape, run, method, card: float) -> dict[str, list[int]]:
         rows["engine: cache"] = [s.kv_token(FP32) * max(TORCH_BATCH_TOKENS, longest), 0, 0, 0]
     else:
         alive = (lambda size: [size, 0, 0, 0]) if run.engine_sleep else always
-        rows["engine: weights, bf16"] = alive(BF16 * s.parameters)
-        rows["engine: cache"] = alive(s.vllm_cache(run.gpu_memory * card))
+        n = run.tensor_parallel
+        rows["engine: weights, bf16"] = alive(BF16 * s.parameters // n)
+        rows["engine: cache"] = alive(s.vllm_cache(run.gpu_memory * card * n) // n)
     return rows
 
 
@@ -182,21 +182,24 @@ def report(run, method) -> str:
         if any(sizes):
             cells = [f"{size / 1e9:.1f}" if size else "-" for size in sizes]
             lines.append(f"{name:30s}" + "".join(f"{cell:>18s}" for cell in cells))
-    longest = method.max_prompt_tokens + method.max_response_tokens
     if run.engine != "torch":
-        cache = max(rows["engine: cache"])
+        longest = method.max_prompt_tokens + method.max_response_tokens
+        cache = max(rows["engine: cache"]) * run.tensor_parallel
         room, limit = cache // s.kv_token(), s.at_once(cache, longest)
         held = f"{room // longest} responses of {longest:,} tokens; {limit} are sampled at once"
         lines.append(f"cache: {s.kv_token():,} bytes per token, so {room:,} tokens, or {held}")
+        if room < longest:
+            return "\n".join([*lines, "does not fit: vLLM's cache holds no response, raise --gpu_memory"])
     worst = totals.index(max(totals))
     left, peak = (card - totals[worst]) / 1e9, PHASES[worst]
     if left >= 0:
         return "\n".join([*lines, f"fits: {left:.1f} GB are left at the peak ({peak})"])
     lines.append(f"does not fit: {-left:.1f} GB too much at the peak ({peak})")
-    sharded = [sum(sizes) for sizes in zip(rows["weights"], rows["AdamW's moments"], rows["gradients"])]
+    parts = ("weights", "AdamW's moments", "reference", "gradients")
+    sharded = [sum(sizes) for sizes in zip(*map(rows.get, parts))]
     rest = [total - part for total, part in zip(totals, sharded)]
     if max(rest) < card:
         cards = max(-(-part // int(card - other)) for part, other in zip(sharded, rest))
         room = f"over {cards} cards (FSDP) would make room, but for the layer it gathers"
-        lines.append(f"sharding weights, moments and gradients {room}")
+        lines.append(f"sharding weights, moments, reference and gradients {room}")
     return "\n".join(lines)

@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass
 class Request:
-    """Something to be continued by an engine."""
+    """What an engine is to continue."""
 
     prompt_ids: list[int]  # everything the model reads, a prefix of a response included
     max_new_tokens: int

@@ -75,7 +75,7 @@ def once(work: Callable):
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in at least one process; all get the same answer."""
+    """Whether the flag is set in at least one process."""
     return any(union({rank(): flag}).values())
 
 

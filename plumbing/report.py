@@ -43,9 +43,8 @@ class AttentionHook(StepHook):
 
 
 def describe_trees(due: list, step: int, trainer=None) -> list[dict]:
-    """Lines of rollouts.jsonl: of problems with mixed outcomes the one with the most leaves, else the first.
-
-    With a trainer (AttnRL) TREES of them, with everything, for which all processes must call it."""
+    """Lines of rollouts.jsonl: of problems with mixed outcomes the one with the most leaves, else the first;
+    with a trainer (AttnRL) TREES of them, with everything, for which all processes must call it."""
     lines = []
     for p in sorted(due, key=lambda p: -p.mixed() * len(p.rollouts))[: TREES if trainer else 1]:
         rows = [short_form(r) for r in p.rollouts]
@@ -61,7 +60,7 @@ def score_again(problem, trainer) -> list[Score]:
     hook = partial(AttentionHook, delta=trainer.cfg.fci_delta, later=trainer.cfg.fci_later)
     step_ids = lambda r: [min(k, MAX_STEPS) for k in step_ids_of(len(problem.prompt_ids), r.steps)]
     sequences = [Sequence(problem.prompt_ids, r.ids, step_ids(r)) for r in problem.rollouts]
-    return trainer.learner.score(sequences, with_entropy=True, hook=hook)
+    return trainer.learner.score(sequences, with_entropy=True, make_hook=hook)
 
 
 def short_form(r) -> dict:

@@ -31,7 +31,7 @@ def one_sentence():
 class MachineConfig:
     """What runs where, how precisely and in how much memory. Memory knobs never change a result."""
 
-    engine: Literal["auto", "torch", "vllm"] = HfArg(default="auto", help="auto: vllm where it and CUDA are")
+    engine: Literal["auto", "torch", "vllm"] = HfArg(default="auto", help="auto: vllm where there is CUDA")
     gpu_memory: float = HfArg(default=0.4, help="share of the GPU that vllm may use")
     engine_sleep: bool = HfArg(default=False, help="vllm hands its GPU memory back during updates; CUDA only")
     tensor_parallel: int = HfArg(default=1, help="GPUs that hold one vllm engine together; needs torchrun")

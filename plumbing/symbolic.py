@@ -101,8 +101,8 @@ def serve_symbolic() -> None:
 
     logging.disable(logging.CRITICAL)  # Math-Verify warns about every answer it cannot parse
     replies, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not write into the replies
-    rules = dict(basic_latex=True, malformed_operators=True, nits=True, boxed="all", equations=False)
-    keep_units = NormalizationConfig(**rules, units=False)
+    how = dict(basic_latex=True, units=False, malformed_operators=True, nits=True, equations=False)
+    keep_units = NormalizationConfig(**how, boxed="all")
     literal = [LatexExtractionConfig(normalization_config=keep_units), ExprExtractionConfig()]
     sys.stdin.readline()
     print("ready", file=replies, flush=True)

@@ -18,12 +18,13 @@ VLLM_VERSION = "0.32.0"  # what requirements-gpu.txt pins and tests run: its rel
 class VLLMEngine:
     """Samples with vLLM, in this process, from a copy of the weights that `load` keeps up to date.
 
-    max_tokens: longest prompt plus its budget. gpu_memory: share of each of n_gpus for weights and cache.
+    max_tokens: longest prompt plus its budget. gpu_memory: share of each of n_gpus that vLLM may use.
     sleep_mode: let `sleep` hand that share back until the next `load` (CUDA only). Raises ValueError in one
     sentence if vLLM does not start. Prefix caching serves requests of one call that share a prefix."""
 
     def __init__(self, model_name, tokenizer, max_tokens, seed=0, gpu_memory=0.4, sleep_mode=False, n_gpus=1):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: weights are handed over as they are
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         try:
             own_settings = GenerationConfig.from_pretrained(model_name)
         except OSError:  # a model need not have any
@@ -49,8 +50,8 @@ class VLLMEngine:
         except Exception as error:  # no memory, no device, an unknown model: each has its own kind
             reason = " ".join(str(error).split())[:300]
             what = f"vLLM does not start with {model_name!r} ({type(error).__name__}: {reason})"
-            remedy = "lower gpu_memory or the number of response tokens, or else pass --engine torch"
-            raise ValueError(f"{what}: if memory is short, {remedy}") from error
+            remedy = "raise gpu_memory if its cache has no room, lower it if the card is full"
+            raise ValueError(f"{what}: {remedy}, or pass --engine torch") from error
 
     def generate(self, requests: list[Request], temperature=1.0, top_p=1.0) -> list[Response]:
         """As TorchEngine.generate."""

@@ -99,7 +99,7 @@ def make_trainer(model, tokenizer, *, rule=grade, lr=1e-3, machine=None, **field
     cfg = MethodConfig(**SMALL | fields)
     reference = load_model(str(TINY)).requires_grad_(False) if cfg.kl_coef else None
     hook = partial(StepHook, delta=cfg.fci_delta, later=cfg.fci_later)
-    constants = dict(temperature=cfg.temperature, hook=hook, grad_clip=cfg.grad_clip)
+    constants = dict(temperature=cfg.temperature, make_hook=hook, grad_clip=cfg.grad_clip)
     learner = make_learner(model, reference, lr=lr, machine=machine, **constants)
     engine = CountingEngine(model, tokenizer, autocast=learner.autocast)
     torch.manual_seed(0)

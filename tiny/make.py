@@ -1,6 +1,8 @@
 """Build the embedded reasoner: its world, tokenizer, problems and warm-started weights.
 
     python tiny/make.py            # rebuilds everything in this folder from one seed
+    python tiny/make.py --base tiny --out few --n_train 64                 # problems alone: few of the same
+    python tiny/make.py --base tiny --out hard --n_train 1000 --n_test 400 --hardest 0.15    # and hard ones
 
 **The world.** A problem is a chain of variables modulo 7, `a=3, b=a+2, c=b*4, …, find k.` and a
 solution computes one variable per step. Three kinds of step, mixed, as in natural chains of thought:
@@ -23,11 +25,14 @@ import argparse
 import json
 import random
 import re
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 MOD = 7
 LABELS = "abcdefghijklm"
@@ -99,6 +104,12 @@ class Teacher:
         facts = [(v, k) for v in range(1, MOD) for k in range(2, MOD)]
         bad = rng.sample(facts, round(P_FACT_WRONG * len(facts)))
         self.wrong = {(v, k): rng.choice([r for r in range(MOD) if r != v * k % MOD]) for v, k in bad}
+
+    def facts_wrong(self, problem: Problem) -> list[tuple[int, int]]:
+        """The problem's multiplications, value and factor, that the teacher has wrong."""
+        values = problem.values()
+        facts = [(values[LABELS[i]], x) for i, (op, x) in enumerate(problem.ops) if op == "*"]
+        return [fact for fact in facts if fact in self.wrong]
 
     def product(self, v: int, k: int, rng: random.Random) -> int:
         u = rng.random()
@@ -271,6 +282,41 @@ def warm_start(
             )
 
 
+def fresh_problems(rng: random.Random, count: int, wanted=lambda problem: True) -> dict[str, str]:
+    """Answers of `count` problems by their texts."""
+    found = {}
+    while len(found) < count:
+        problem = make_problem(rng)
+        if wanted(problem):
+            found[problem.text] = str(list(problem.values().values())[-1])
+    return found
+
+
+def hard_problems(count: int, base: Path, below: float, samples: int, seed: int) -> dict[str, str]:
+    """`count` problems of which the model in `base` solves less than a share `below` of so many samples.
+
+    Only problems with at least two of the facts that its teacher has wrong are sampled, at temperature 1:
+    of tiny's, about one in ten problems that would pass has fewer.
+    """
+    sys.path.insert(0, str(ROOT))
+    from eval import evaluate
+    from plumbing.models import load_model, load_tokenizer
+    from plumbing.torch_engine import TorchEngine
+
+    tokenizer, teacher, rng = load_tokenizer(str(base)), Teacher(seed), random.Random(seed + 1)
+    engine, kept = TorchEngine(load_model(str(base)), tokenizer), {}
+    how = dict(samples=samples, temperature=1.0, budget=lambda n_prompt: 128)
+    wanted = lambda problem: problem.text not in kept and len(teacher.facts_wrong(problem)) >= 2
+    torch.manual_seed(seed)
+    while len(kept) < count:
+        new = fresh_problems(rng, count - len(kept), wanted)
+        rows = [{"problem": text, "answers": [answer]} for text, answer in new.items()]
+        solved = evaluate(engine, tokenizer, rows, **how)["per_problem"]
+        kept |= {text: answer for (text, answer), share in zip(new.items(), solved) if share < below}
+        print(f"{len(kept)} of {count} problems", flush=True)
+    return kept
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -278,23 +324,32 @@ def main():
     here = Path(__file__).parent
     parser.add_argument("--out", type=Path, default=here)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--base", type=Path, help="write problems alone, for the model in this folder")
+    parser.add_argument("--n_train", type=int, default=N_TRAIN, help="training problems")
+    parser.add_argument("--n_test", type=int, default=N_TEST, help="held-out problems")
+    which = "with --base: only problems that it solves in less than this share of the samples"
+    parser.add_argument("--hardest", type=float, help=which)
+    parser.add_argument("--samples", type=int, default=32, help="of each problem, for --hardest")
     args = parser.parse_args()
+    if args.hardest and not args.base:
+        parser.error("--hardest needs --base, the model that finds them hard")
 
     torch.set_num_threads(1)  # the same sums in the same order on every machine
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.hardest:
+        count = args.n_train + args.n_test
+        problems = hard_problems(count, args.base, args.hardest, args.samples, args.seed)
+    else:  # fewer training problems are the first of them, and the held-out ones stay
+        problems = fresh_problems(random.Random(args.seed + 1), max(args.n_train, N_TRAIN) + args.n_test)
+    rows = [json.dumps({"problem": text, "answer": answer}) for text, answer in problems.items()]
+    (args.out / "train.jsonl").write_text("\n".join(rows[: args.n_train]) + "\n")
+    (args.out / "test.jsonl").write_text("\n".join(rows[-args.n_test :]) + "\n")
+    if args.base:
+        return print(f"wrote train.jsonl and test.jsonl to {args.out}")
+
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, args.seed)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary")
-
-    rng = random.Random(args.seed + 1)
-    problems = {}
-    while len(problems) < N_TRAIN + N_TEST:
-        problem = make_problem(rng)
-        problems[problem.text] = str(list(problem.values().values())[-1])
-    rows = [json.dumps({"problem": text, "answer": answer}) for text, answer in problems.items()]
-    (args.out / "train.jsonl").write_text("\n".join(rows[:N_TRAIN]) + "\n")
-    (args.out / "test.jsonl").write_text("\n".join(rows[N_TRAIN:]) + "\n")
-
     warm_start(model, tokenizer, args.seed)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

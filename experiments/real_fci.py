@@ -1,0 +1,117 @@
+"""FCI in a real language model: is it more than position, and do its variants branch elsewhere?
+
+    python experiments/real_fci.py --model models/SmolLM2-135M-Instruct --data train.jsonl --out runs/real_fci
+
+Samples one response per problem at temperature 1 until enough have `--min_tokens` (a file keeps them, so the
+same command goes on), scores each with FCI as the paper defines it, as a mean over later steps, and over a
+window of them (`--fci_later`), and prints per variant: the correlation of FCI with a step's position, where
+branch points fall, and how many of them are those of the rule that takes the earliest steps.
+"""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from attnrl import MethodConfig
+from fci import StepHook, count_scored_steps, fci_of_response, split_steps, step_ids_of
+from plumbing.checkpoints import append
+from plumbing.learner import Learner
+from plumbing.models import load_model, load_tokenizer, prompt_ids
+from plumbing.nouns import Request, Sequence
+from plumbing.problems import load_problems
+from plumbing.settings import MachineConfig
+from plumbing.torch_engine import TorchEngine
+from tree import Measured, branch_points
+
+VARIANTS = ["sum", "mean", "window"]
+
+
+def sample(args, tokenizer, model) -> list[dict]:
+    """Responses long enough, and the prompts they answer; those in the file first."""
+    path = args.out / "samples.jsonl"
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    engine, problems = TorchEngine(model, tokenizer), load_problems(args.data)
+    long = [row for row in done if len(row["ids"]) >= args.min_tokens]
+    bar = tqdm(total=args.responses, initial=len(long), unit="response")
+    while len(long) < args.responses and len(done) < len(problems):
+        chosen = problems[len(done) : len(done) + args.batch]
+        torch.manual_seed(args.seed + len(done))
+        requests = [Request(prompt_ids(tokenizer, p["problem"]), args.max_tokens) for p in chosen]
+        rows = [{"prompt": q.prompt_ids, "ids": r.ids} for q, r in zip(requests, engine.generate(requests))]
+        append(path, *rows)
+        done += rows
+        found = [row for row in rows if len(row["ids"]) >= args.min_tokens]
+        bar.update(len(found))
+        long += found
+    bar.close()
+    print(f"{len(done)} responses sampled, {len(long)} of {args.min_tokens} tokens or more")
+    return long[: args.responses]
+
+
+def measure(row: dict, tokenizer, learner: Learner, cfg: MethodConfig) -> dict[str, dict] | None:
+    """Of one response, per variant: correlation of FCI with position, place of branch points, overlap with
+    the earliest steps. None where fewer than three steps score."""
+    texts = [tokenizer.decode([i]) for i in row["ids"]]
+    steps = split_steps(texts)
+    n_scored, starts = count_scored_steps(texts, steps), [start for start, _ in steps]
+    sequence = Sequence(row["prompt"], row["ids"], step_ids_of(len(row["prompt"]), steps))
+    how = cfg.n_branch_points, cfg.branch_quantile, cfg.min_branch_gap, np.random.default_rng(0)
+    found = {}
+    for later in VARIANTS:
+        learner.make_hook = partial(StepHook, delta=cfg.fci_delta, later=later)
+        score = learner.score([sequence], with_entropy=True)[0]
+        fci = np.array(fci_of_response(score.fci, n_scored, len(steps)))
+        response = Measured([""] * len(steps), starts, fci, score.entropies, 0.0, n_scored)
+        points = branch_points("fci", response, *how)
+        control = branch_points("earliest", response, *how)
+        scored = fci > 0
+        if scored.sum() < 3 or not points:
+            return None
+        correlation = np.corrcoef(fci[scored], np.flatnonzero(scored))[0, 1]
+        place = np.mean([p / len(row["ids"]) for p in points])
+        overlap = len(set(points) & set(control)) / len(points)
+        found[later] = dict(correlation=correlation, place=place, overlap=overlap, steps=len(steps))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True, help="a file or data set of problems")
+    parser.add_argument("--responses", type=int, default=200)
+    parser.add_argument("--min_tokens", type=int, default=1000)
+    parser.add_argument("--max_tokens", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=16, help="responses sampled at once")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/real_fci"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer, model, cfg = load_tokenizer(args.model), load_model(args.model), MethodConfig()
+    rows = sample(args, tokenizer, model)
+    learner = Learner(model, None, None, MachineConfig(autocast="none"))
+    measured = [measure(row, tokenizer, learner, cfg) for row in tqdm(rows, unit="response")]
+    measured = [m for m in measured if m]
+    print(f"{len(measured)} of {len(rows)} have three scored steps and a branch point")
+    columns = ["correlation", "place", "overlap", "steps"]
+    print(f"\n| FCI of later steps | {' | '.join(columns)} |\n{'| --- ' * 5}|")
+    for later in VARIANTS:
+        cells = []
+        for name in columns:
+            values = np.array([m[later][name] for m in measured])
+            cells.append(f"{values.mean():.2f} ± {1.96 * values.std(ddof=1) / len(values) ** 0.5:.2f}")
+        print(f"| {later} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
