@@ -86,9 +86,8 @@ def provenance() -> dict[str, str]:
     git, commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], ""
     with contextlib.suppress(OSError):
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    machine = f"{device}, {os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}"
-    return {"commit": commit, "machine": machine}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.platform()
+    return {"commit": commit, "machine": f"{device}, {os.cpu_count()} cores, torch {torch.__version__}"}
 
 
 def check_room(out: Path, run) -> None:

@@ -107,8 +107,7 @@ class Learner:
 
     @torch.no_grad()
     def score(self, sequences: list[Sequence], with_entropy: bool = False, make_hook=None) -> list[Score]:
-        """Log-probs under the current weights; entropies where asked; FCI if all (not some) have step ids, or
-        what `fci()` of another make_hook(step_ids) returns."""
+        """Log-probs under the current weights; entropies if asked; FCI (another hook's) if all have step ids."""
         self.model.eval()
         found: dict[int, Score] = {}
         for forward in passes([len(s) for s in sequences], self.machine.microbatch_tokens):
