@@ -86,9 +86,8 @@ def provenance() -> dict[str, str]:
     git, commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], ""
     with contextlib.suppress(OSError):
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    machine = f"{device}, {os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}"
-    return {"commit": commit, "machine": machine}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.platform()
+    return {"commit": commit, "machine": f"{device}, {os.cpu_count()} cores, torch {torch.__version__}"}
 
 
 def check_room(out: Path, run) -> None:
@@ -113,9 +112,8 @@ def save_or_stop(out: Path, step: int, *what) -> None:
 
 
 def save_checkpoint(out: Path, step: int, learner, tokenizer, state: dict, keep: int) -> None:
-    """Write checkpoint-STEP aside, then rename it: under its final name a checkpoint is complete.
-
-    Sharded tensors are saved whole. state: plain JSON, all but weights, optimiser and random state."""
+    """Write checkpoint-STEP aside, then rename it: under its final name a checkpoint is complete. Sharded
+    tensors are saved whole. state: plain JSON, all but weights, optimiser and random state."""
     weights, optimizer = on_rank_0(learner.model.state_dict()), learner.optimizer.state_dict()
     optimizer["state"] = {i: on_rank_0(moments) for i, moments in optimizer["state"].items()}
     rng = {"cpu": torch.get_rng_state()}

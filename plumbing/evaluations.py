@@ -24,11 +24,12 @@ class SampleFile:
     def open(self, n_samples: int) -> list[dict]:
         """What the file holds; an interrupted chunk is cut off. ValueError for more than n_samples."""
         lines = whole_lines(self.path)
-        n_whole = len(lines)
-        if n_whole > n_samples:
+        if len(lines) > n_samples:
             remedy = "mend it, or use another --output_dir"
-            raise ValueError(f"{self.path} has {n_whole} samples, the evaluation only {n_samples}: {remedy}")
-        lines = lines[: n_whole if n_whole == n_samples else n_whole // self.chunk * self.chunk]
+            raise ValueError(
+                f"{self.path} has {len(lines)} samples, the evaluation only {n_samples}: {remedy}"
+            )
+        lines = lines if len(lines) == n_samples else lines[: len(lines) // self.chunk * self.chunk]
         if self.path.exists():
             os.truncate(self.path, sum(map(len, lines)))
         self.n_rows = len(lines)

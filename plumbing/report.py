@@ -43,9 +43,8 @@ class AttentionHook(StepHook):
 
 
 def describe_trees(due: list, step: int, trainer=None) -> list[dict]:
-    """Lines of rollouts.jsonl: of problems with mixed outcomes the one with the most leaves, else the first.
-
-    With a trainer (AttnRL) TREES of them, with everything, for which all processes must call it."""
+    """Lines of rollouts.jsonl: of problems with mixed outcomes the one with the most leaves, else the first;
+    with a trainer (AttnRL) TREES of them, with everything, for which all processes must call it."""
     lines = []
     for p in sorted(due, key=lambda p: -p.mixed() * len(p.rollouts))[: TREES if trainer else 1]:
         rows = [short_form(r) for r in p.rollouts]
