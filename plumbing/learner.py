@@ -107,7 +107,7 @@ class Learner:
 
     @torch.no_grad()
     def score(self, sequences: list[Sequence], with_entropy: bool = False, make_hook=None) -> list[Score]:
-        """Log-probs under the current weights; entropies if asked; FCI (another hook's) if all have step ids."""
+        """Log-probs under the current weights; entropies if asked; FCI (or another hook's) with step ids."""
         self.model.eval()
         found: dict[int, Score] = {}
         for forward in passes([len(s) for s in sequences], self.machine.microbatch_tokens):
