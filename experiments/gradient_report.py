@@ -141,7 +141,7 @@ def draw(found: dict[str, dict], rows: list[str], path: Path) -> None:
         xlim=(0, None),
     )
     axis.set_title("What a token is worth", loc="left")
-    axis.legend(title="policy", frameon=False)
+    axis.legend(title="policy", frameon=False, loc="lower right")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
