@@ -291,8 +291,8 @@ def main() -> None:
         found = {path.name: analyse(path, ARMS) for path in measured}
         (args.out / "results.json").write_text(json.dumps(found, indent=1))
     if args.figure:
-        draw(found, [*TREES, "GRPO 6", "GRPO 30"], args.figure)
-    print(report(found, TREES))
+        draw(found, [*TREES, "GRPO 30"], args.figure)
+    print(report(found, [*TREES, "GRPO 6", "GRPO 30"]))
 
 
 if __name__ == "__main__":
