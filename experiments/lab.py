@@ -221,6 +221,11 @@ def collect(out: Path, kept: Path) -> list[dict]:
     order = {row: i for i, row in enumerate(ROWS)}
     new = [json.loads(path.read_text()) for path in out.glob("*/*/summary.json")]
     found = list({(s["world"], s["row"], s["seed"]): s for s in [*known(kept), *new]}.values())
+    budgets = {s["token_budget"] for s in found}
+    if len(budgets) > 1:
+        raise SystemExit(
+            f"error: summaries of runs of {sorted(budgets)} tokens: choose another --out or --known"
+        )
     found.sort(key=lambda s: (list(WORLDS).index(s["world"]), order[s["row"]], s["seed"]))
     (out / "summaries.jsonl").write_text("".join(json.dumps(s) + "\n" for s in found))
     return found
