@@ -74,7 +74,7 @@ def shown_tree(page, run):
 
 @pytest.mark.parametrize("shown", ["head_attention", "attention"])
 def test_a_click_lights_the_steps_that_attend_to_it(runs, open_page, shown):
-    """In the head of Eq. 5, whose rows add up to the bold number, or, by the switch, the largest of all heads."""
+    """In the head of Eq. 5, whose rows add up to the bold number; by the switch, the largest of all heads."""
     page = open_page(runs[0] / "report.html")
     _, row = shown_tree(page, runs[0])
     leaf, k = page.evaluate("view.leaf"), 2
@@ -128,8 +128,9 @@ def test_the_branch_points_replayed_on_the_page_are_those_of_the_rule(runs, open
     for tree in data["trees"]:
         for row in (r for r in tree["rollouts"] if r["start"] == 0):
             ends = [k for k, text in enumerate(row["steps"]) if "</think>" in text]
-            seen = Measured(row["steps"], row["step_starts"], np.array(row["fci"]), np.zeros(row["length"]), 0.0,
-                            ends[-1] if ends else len(row["steps"]))  # fmt: skip
+            end = ends[-1] if ends else len(row["steps"])
+            fci, entropies = np.array(row["fci"]), np.zeros(row["length"])
+            seen = Measured(row["steps"], row["step_starts"], fci, entropies, 0.0, end)
             expected = branch_points("fci", seen, n, quantile, gap, None)
             taken = page.evaluate("([r, config]) => replay(r, config).taken", [row, config])
             assert sorted(row["step_starts"][k] for k in taken) == expected
