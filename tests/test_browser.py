@@ -241,6 +241,21 @@ def test_several_runs_and_a_run_without_branches(runs, open_page, tmp_path):
     assert page.locator("#pane li.lit").count() > 0
 
 
+def test_a_chart_says_at_which_step_a_number_was_measured(runs, open_page):
+    """One error bar per evaluation; a curve that has no number at the step pointed at says whose it shows."""
+    page = open_page(runs[0] / "report.html")
+    tested = [m for m in report.collect(runs[0], 10**7)["metrics"] if "test_accuracy" in m]
+    chart = page.locator(".chart svg").first
+    assert chart.locator(".error").count() == len(tested)
+    box, shown = chart.bounding_box(), []
+    for share in (0.15, 0.4, 0.6, 0.8, 0.95):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + 50)
+        shown.append(page.inner_text("#tip"))
+    assert all(text.startswith("step ") for text in shown) and any(
+        "measured at step" in text for text in shown
+    )
+
+
 def test_a_run_that_has_only_begun(runs, open_page, tmp_path):
     for name in ("config.json", "source.json"):
         shutil.copy(runs[0] / name, tmp_path / name)
