@@ -46,6 +46,7 @@ def analyse(out: Path, arms: list[str]) -> dict:
     return {"batches": len(numbers), "why": why, "metrics": measured}
 
 
+@np.errstate(invalid="ignore")  # where batches are few, noise can make c negative: then a ratio is nan
 def in_metric(gradients: np.ndarray, arms: list[str], tokens: dict[str, float]) -> dict[str, dict]:
     """consistency and direction of each arm, with standard errors, and its worth against each of BASELINES.
 

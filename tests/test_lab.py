@@ -211,10 +211,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_summary(tmp_path, monkeypatc
     one("whole")
     append = Log.add
 
-    def stop_at_step_2(log, name, record):
-        if record["step"] == 2:
+    def stop_at_step_2(log, name, *records):
+        if any(record["step"] == 2 for record in records):
             raise KeyboardInterrupt
-        append(log, name, record)
+        append(log, name, *records)
 
     def stop(*given, **how):
         raise KeyboardInterrupt
