@@ -2,6 +2,7 @@
 
     python eval.py --model runs/a/checkpoint-500                 # the paper's six benchmarks and settings
     python eval.py --model tiny --data tiny/test.jsonl --engine torch   # the embedded reasoner, anywhere
+    python eval.py --compare runs/eval-a/results.json runs/eval-b/results.json
 
 The paper samples 32 responses per problem of AIME24, AIME25 and AMC23, and 4 of MATH-500, Minerva and
 OlympiadBench (at most 32,768 tokens, temperature 0.6), and reports Pass@1, the mean correctness of all
@@ -25,14 +26,13 @@ from transformers.utils import logging
 from plumbing.answers import boxed_answer, equal
 from plumbing.checkpoints import closing_directories, open_directory
 from plumbing.engines import make_engine, resolve_engine
-from plumbing.evaluations import SampleFile, describe
+from plumbing.evaluations import HEADER, SampleFile, compare, describe, table_row
 from plumbing.models import context_length, load_tokenizer, prompt_ids
 from plumbing.nouns import Request
 from plumbing.problems import load_problems
 from plumbing.settings import MachineConfig
 from plumbing.symbolic import MAX_ANSWER_CHARS, WORKERS
 
-HEADER = "benchmark          problems   K       Pass@1  Pass@K  tokens  truncated  timeouts  too long"
 # The paper's samples per problem; plumbing/problems.py says where the hub has these benchmarks.
 SAMPLES = {"aime24": 32, "aime25": 32, "amc23": 32, "math500": 4, "minerva": 4, "olympiad": 4}
 
@@ -63,7 +63,8 @@ def grade(response: str, answers: list[str]) -> bool:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased probability that k of n samples hold one of the c correct ones (Chen et al. 2021, Eq. 1).
+    """Unbiased probability that k samples hold a correct one, from n with c correct (Chen et al. 2021, Eq.
+    1).
 
     >>> pass_at_k(n=4, c=1, k=1), pass_at_k(n=4, c=1, k=2)
     (0.25, 0.5)
@@ -100,8 +101,9 @@ def evaluate(engine, tokenizer, problems, *, samples, budget, temperature, top_p
         with ThreadPoolExecutor(WORKERS) as pool:  # one that takes long does not hold up the others
             verdicts = list(pool.map(verdict, texts, answers))
         for row, response, text, v in zip(sampled, responses, texts, verdicts):
-            row |= {"verdict": v, "tokens": len(response.ids), "finish_reason": response.finish_reason}
-            row["response"] = text
+            row |= dict(
+                verdict=v, tokens=len(response.ids), finish_reason=response.finish_reason, response=text
+            )
         if file:
             file.add(fresh)
         rows = rows + fresh
@@ -142,26 +144,13 @@ def average(results: list[dict]) -> dict:
     return mean | {"samples": "", "stderr": stderr}
 
 
-def percent(value: float, stderr: float | None) -> str:
-    """Share and standard error in %, without the error where there is none."""
-    return f"{100 * value:.1f}" + (f" ± {100 * stderr:.1f}" if stderr is not None else "")
-
-
-def table_row(name: str, r: dict) -> str:
-    """A line under HEADER of what `scores` returns."""
-    pass_1 = percent(r["pass@1"], r["stderr"])
-    quality = f"{name:<18}{r['n_problems']:>9}{r['samples']:>4}{pass_1:>13}{100 * r['pass@k']:>8.1f}"
-    failures = f"{r['truncated']:>11.1%}{r['timeouts']:>10}{r['long_prompts']:>10}"
-    return f"{quality}{r['mean_tokens']:>8.0f}{failures}"
-
-
 # --- The command line -------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] + " The defaults are the paper's.")
     add, names = parser.add_argument, ", ".join(SAMPLES)
-    add("--model", required=True, help="checkpoint folder or hub name")
+    add("--model", help="checkpoint folder or hub name")
     add("--data", nargs="+", default=list(SAMPLES), help=f"any of {names}, files, hub names [all six]")
     add("--data_dir", help="folder that holds NAME.jsonl of the benchmarks, instead of the hub")
     add("--split", default="test", help="split of other hub datasets")
@@ -174,15 +163,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--engine", choices=["auto", "torch", "vllm"], default="auto")
     add("--chunk", type=int, default=512, help="responses per generation call: what an interruption can lose")
     add("--output_dir", help="for results.json and the samples of each benchmark [runs/eval-MODEL]")
+    add("--compare", nargs=2, metavar="RESULTS", help="print the difference of two results.json only")
     underscores = lambda flag: "--" + flag[0][2:].replace("-", "_")
-    args = parser.parse_args([re.sub("^--[a-z-]+", underscores, text) for text in argv])
+    with_underscores = [re.sub("^--[a-z-]+", underscores, text) for text in argv]
+    args = parser.parse_args(with_underscores)
+    if not args.model and not args.compare:
+        parser.error("--model is missing; give a checkpoint folder or a hub name")
     for name in ("samples", "max_new_tokens", "limit", "chunk"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
     if not 0 <= args.temperature < inf or not 0 < args.top_p <= 1:
-        parser.error(
-            f"--temperature is {args.temperature} and --top_p {args.top_p}; needs >= 0 and in (0, 1]"
-        )
+        given = f"--temperature is {args.temperature} and --top_p {args.top_p}"
+        parser.error(f"{given}; needs >= 0 and in (0, 1]")
     return args
 
 
@@ -213,10 +205,11 @@ def run(args: argparse.Namespace) -> None:
     longest = min(context, max(map(len, prompts)) + args.max_new_tokens)
     machine = MachineConfig(engine=args.engine, gpu_memory=0.9)
     engine = make_engine(machine, args.model, tokenizer, max_tokens=longest, seed=args.seed)
-    names = ("max_new_tokens", "temperature", "top_p", "seed", "chunk", "engine")
+    shown = {name: settings[name] for name in ("max_new_tokens", "temperature", "top_p", "seed", "chunk")}
+    shown["engine"] = settings["engine"]
     how = dict(temperature=args.temperature, top_p=args.top_p)
     how["budget"] = lambda n_prompt: min(args.max_new_tokens, context - n_prompt)
-    print(f"{args.model}: " + ", ".join(f"{name} {settings[name]}" for name in names))
+    print(f"{args.model}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
     print(HEADER, flush=True)
     results = {}
     for name, (problems, samples) in benchmarks.items():
@@ -230,8 +223,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    args = parse_args(sys.argv[1:])
     try:
-        run(parse_args(sys.argv[1:]))
+        print("\n".join(compare(*args.compare))) if args.compare else run(args)
     except ValueError as error:
         sys.exit(f"eval.py: {error}")
 

@@ -23,11 +23,12 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from attnrl import AttnRL, MethodConfig, Problem
-from eval import average, evaluate, grade, percent
+from eval import average, evaluate, grade
 from plumbing import checkpoints, logs, report
 from plumbing.agreement import verify_sync
 from plumbing.command import run_command
 from plumbing.engines import SharedEngine, check_engine, make_engine
+from plumbing.evaluations import percent
 from plumbing.grader import Grader
 from plumbing.learner import NonFiniteUpdates, make_learner
 from plumbing.logs import Progress, ProgressBar
@@ -46,7 +47,7 @@ class RunConfig(MachineConfig):
 
     model: str = HfArg(default=str(HERE / "tiny"), help="directory or hub name of a chat model")
     algo: Literal["attnrl", "treerl", "grpo"] = HfArg(default="attnrl", help="method fields, see ALGORITHMS")
-    preset: Literal["auto", "paper", "tiny", "card24", "card80-7b"] = HfArg(
+    preset: Literal["auto", "paper", "tiny"] = HfArg(
         default="auto", help="defaults; auto: the one named like the model's directory, else paper"
     )
     train_data: str = HfArg(
@@ -79,8 +80,6 @@ ALGORITHMS = {  # rows of the paper's Table 1
 }
 PRESETS = {
     "paper": {},
-    "card24": dict(lora_rank=16, lr=1e-5, engine_sleep=True, gpu_memory=0.55),  # 1.5B, see docs/gpu.md
-    "card80-7b": dict(lora_rank=16, lr=1e-5, engine_sleep=True, gpu_memory=0.65),
     "tiny": dict(max_prompt_tokens=128, max_response_tokens=128, batch_size=12, min_batch_size=6)
     | dict(max_batch_size=36, target_sequences=180, minibatch_sequences=96, lr=4e-4, token_budget=400_000)
     | dict(train_data=str(HERE / "tiny/train.jsonl"), test_data=[str(HERE / "tiny/test.jsonl")])

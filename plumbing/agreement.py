@@ -1,6 +1,10 @@
-"""Is the engine the policy that is trained, and can this model be scored at all? See docs/engines.md."""
+"""Is the engine the policy that is trained, and can this model be scored at all?
 
-from contextlib import nullcontext
+An engine with a copy of the weights and kernels of its own is never quite the policy that is trained. How
+far apart the two are is measured on every sampled token (`mismatch`), a run stops when they are further
+apart than rounding explains (`check_gap`), and before anything is trained it is shown that a push reaches
+every weight (`verify_sync`). `check_model` compares what scoring computes with the model's own eager pass."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +12,6 @@ import torch
 
 import fci
 from plumbing import models
-from plumbing.adapters import negated
 from plumbing.nouns import Request
 from plumbing.processes import fork_rng
 from plumbing.projection import token_logps
@@ -33,9 +36,13 @@ def check_gap(gaps: list[np.ndarray], bound: float, when: str, source: str = "ma
 
 def verify_sync(engine, learner, prompts, bound: float, n_tokens: int = 16) -> float:
     """Prove that a push reaches every weight of the engine: the mean gap on n_tokens per prompt, nats.
-    Negates the weights, pushes, compares the log-probs of sampled tokens with the model's, and does so again
-    with the weights as they were (docs/engines.md): a tensor that does not arrive has the wrong sign, one of
-    zeros stays unproven. torch's random state is kept, which rules vLLM's. Raises EngineMismatch."""
+
+    Negates every parameter, pushes, compares the log-probs of sampled tokens with the model's, and does so
+    again with the weights as they were. Negating twice is exact, and a tensor that does not arrive has the
+    wrong sign for the network around it. Comparing after a real update would prove nothing: at lr 1e-6 it
+    moves log-probs less than bf16 does. Rounding moves a negated network further than a trained one, so its
+    gap is held against that to the weights from before the push, on the same tokens. A tensor of zeros stays
+    unproven. torch's random state is kept, which also rules vLLM's. Raises EngineMismatch."""
     model, requests = learner.model, [Request(ids, n_tokens) for ids in prompts]
 
     def gap_of(responses) -> np.ndarray:
@@ -45,13 +52,14 @@ def verify_sync(engine, learner, prompts, bound: float, n_tokens: int = 16) -> f
         return (logps.cpu() - torch.tensor([x for r in responses for x in r.logps])).numpy()
 
     sampled, gaps = [], []
-    for weights in (negated(model), nullcontext()):
-        with weights:
-            with torch.no_grad(), fork_rng():
-                engine.sleep()
-                engine.load(model)
-                sampled.append(engine.generate(requests, learner.temperature))
-            gaps.append(gap_of(sampled[-1]))
+    for _ in ("the weights, negated", "the weights"):
+        with torch.no_grad(), fork_rng():
+            for parameter in model.parameters():
+                parameter.neg_()
+            engine.sleep()
+            engine.load(model)
+            sampled.append(engine.generate(requests, learner.temperature))
+        gaps.append(gap_of(sampled[-1]))
     before_push = float(np.abs(gap_of(sampled[0])).mean())  # the model has those weights again
     source = "max_engine_gap, or a tenth of the gap to the weights before the push,"
     check_gap([gaps[0]], max(bound, before_push / 10), "after a push of the weights, negated,", source)
@@ -61,9 +69,11 @@ def verify_sync(engine, learner, prompts, bound: float, n_tokens: int = 16) -> f
 
 def mismatch(gaps: list[np.ndarray]) -> dict[str, float]:
     """How far apart trainer and engine are. gaps: log-prob of trainer - engine per token, by sequence.
-    engine_gap_mean, engine_gap_max: of |gap| over all tokens, nats. engine_log_ratio: log of the mean over n
-    sequences of w = P(trainer) / P(engine) of a whole one. engine_ess: effective sample size, (sum w)^2 /
-    (n sum w^2), in (0, 1]. Empty without tokens.
+
+    engine_gap_mean, engine_gap_max: of |gap| over all tokens, nats. engine_log_ratio: logarithm of the mean
+    over sequences of the ratio w = P(trainer) / P(engine) of a whole sequence; 0 if they agree. engine_ess:
+    effective sample size (sum w)^2 / (n sum w^2) of those ratios, the share of the n sequences that
+    importance weighting would leave, in (0, 1]. Empty without tokens.
 
     >>> {name: round(value, 2) for name, value in mismatch([np.log([2.0, 0.5]), np.log([3.0])]).items()}
     {'engine_gap_mean': 0.83, 'engine_gap_max': 1.1, 'engine_log_ratio': 0.69, 'engine_ess': 0.8}
@@ -81,9 +91,10 @@ def mismatch(gaps: list[np.ndarray]) -> dict[str, float]:
 
 
 def check_model(model) -> None:
-    """Raises ValueError if step attention or `token_logps` would silently be wrong for this kind of model: if
-    they differ from its own eager attention and logits on a few tokens, each a step of its own. Eq. 5 and 6,
-    which forks may change, are not compared."""
+    """Raises ValueError if step attention or `token_logps` would silently be wrong for this kind of model.
+
+    Compares both with the model's own eager attention and logits on a few tokens, each a step of its own,
+    for which alpha is attention. Eq. 5 and 6, which forks may change, are not compared."""
     name, attention = type(model).__name__, model.config._attn_implementation
     ids, alphas = torch.arange(1, 9, device=model.device)[None], []
     see = lambda query, key, *how: alphas.append(fci.step_attention(query, key, ids - 1, 8, *how))

@@ -1,7 +1,15 @@
 """Answers as strings and as numbers: when are two of them the same?
 
-A DeepScaleR-style check (normalised strings, numbers, element by element) and, for what it does not settle,
-Math-Verify (symbolic.py). docs/evaluation.md says what differs from the released code."""
+A DeepScaleR-style check (the last `\\boxed{}` after the last `</think>`, normalised strings, numbers, element
+by element) and, for what that does not settle, Math-Verify (symbolic.py). Other than in the released code:
+
+- Math-Verify, also the sympy equality of the DeepScaleR-style check, sees the content of the last box, not
+  the whole response, so an answer that was only mentioned on the way cannot count.
+- Two plain numbers are compared as numbers, not by Math-Verify, which rounds to six decimals.
+- Math-Verify takes the last letter of `6m` for a unit, R for r, and drops the base of 52_8. Here gold answers
+  keep their letters (an answer may add a unit), R and r differ where both occur, and another base is wrong (a
+  missing one is not).
+- Model output can blow up sympy (`9^{9^{9^9}}`), so Math-Verify runs in workers with limits."""
 
 import re
 from fractions import Fraction

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from plumbing.memory_plan import shape_of
 from plumbing.processes import on_rank_0, rank, union, world_size
-from plumbing.settings import InputError, RunStopped, refuse_if
+from plumbing.settings import InputError, RunStopped
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD = contextlib.ExitStack()  # locks of the directories that this process has opened
@@ -32,6 +32,7 @@ def closing_directories():
 
 def open_directory(out: Path, name: str, settings: dict, what: str, may_change: Collection[str] = ()) -> None:
     """Make the directory with the settings in file `name`, or know that it holds this very run or evaluation.
+
     Keeps other processes out until this one ends, or `closing_directories` does. Raises InputError where it
     is in use, cannot be written to, or holds one with other settings, apart from those in `may_change`."""
     path, lock, remedy = out / name, FileLock(out / "lock"), "choose another --output_dir"
@@ -47,9 +48,9 @@ def open_directory(out: Path, name: str, settings: dict, what: str, may_change: 
     except (OSError, ValueError) as error:
         raise InputError(f"cannot use {out} for the {what} ({error}): mend that, or {remedy}") from None
     changed = [key for key in settings if before.get(key) != settings[key] and key not in may_change]
-    if changed:
-        shown = ", ".join(f"{key} ({before.get(key)} -> {settings[key]})" for key in changed)
-        found = f"{'an' if what[0] in 'aeiou' else 'a'} {what} with other settings, {shown}"
+    shown = [f"{key} ({before.get(key)} -> {settings[key]})" for key in changed]
+    if shown:
+        found = f"{'an' if what[0] in 'aeiou' else 'a'} {what} with other settings, {', '.join(shown)}"
         raise InputError(f"{out} holds {found}: use them, or another --output_dir")
 
 
@@ -85,20 +86,19 @@ def provenance() -> dict[str, str]:
     git, commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], ""
     with contextlib.suppress(OSError):
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    machine = f"{device}, {os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}"
-    return {"commit": commit, "machine": machine}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.platform()
+    return {"commit": commit, "machine": f"{device}, {os.cpu_count()} cores, torch {torch.__version__}"}
 
 
 def check_room(out: Path, run) -> None:
     """Raises InputError unless the disk holds the checkpoints that will exist at once. run: RunConfig."""
-    s = shape_of(run.model)
-    size = 12 * (s.adapters * run.lora_rank or s.parameters)  # bytes: fp32, with two moments of AdamW
+    size = 12 * shape_of(run.model).parameters  # bytes: fp32 weights and two moments of AdamW
     at_once = min(run.keep_checkpoints + 1, math.ceil(run.steps / run.save_every))  # the oldest goes last
     needed, free = (at_once - len(checkpoints(out))) * size, shutil.disk_usage(out).free
-    sizes = f"{needed / 1e9:.3g} GB for checkpoints and has {free / 1e9:.3g} GB"
-    remedy = "make room, lower --keep_checkpoints, or choose another --output_dir"
-    refuse_if(free < needed, f"{out} needs {sizes}: {remedy}")
+    if free < needed:
+        sizes = f"{needed / 1e9:.3g} GB for checkpoints and has {free / 1e9:.3g} GB"
+        remedy = "make room, lower --keep_checkpoints, or choose another --output_dir"
+        raise InputError(f"{out} needs {sizes}: {remedy}")
 
 
 def save_or_stop(out: Path, step: int, *what) -> None:
@@ -112,10 +112,9 @@ def save_or_stop(out: Path, step: int, *what) -> None:
 
 
 def save_checkpoint(out: Path, step: int, learner, tokenizer, state: dict, keep: int) -> None:
-    """Write checkpoint-STEP aside, then rename it: under its final name a checkpoint is complete.
-    Sharded tensors are saved whole. state: plain JSON, all but weights, optimiser and random state."""
-    state_dict, optimizer = learner.model.state_dict(), learner.optimizer.state_dict()
-    weights = on_rank_0({name: w for name, w in state_dict.items() if ".lora_" in name} or state_dict)
+    """Write checkpoint-STEP aside, then rename it: under its final name a checkpoint is complete. Sharded
+    tensors are saved whole. state: plain JSON, all but weights, optimiser and random state."""
+    weights, optimizer = on_rank_0(learner.model.state_dict()), learner.optimizer.state_dict()
     optimizer["state"] = {i: on_rank_0(moments) for i, moments in optimizer["state"].items()}
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -125,8 +124,7 @@ def save_checkpoint(out: Path, step: int, learner, tokenizer, state: dict, keep:
         return
     aside, final = out / "checkpoint.partial", out / f"checkpoint-{step}"
     shutil.rmtree(aside, ignore_errors=True)
-    learner.model.save_pretrained(aside, state_dict=weights)  # of adapters, in PEFT's format
-    learner.model.config.save_pretrained(aside)  # with adapters, transformers would not write it
+    learner.model.save_pretrained(aside, state_dict=weights)
     tokenizer.save_pretrained(aside)
     torch.save({"optimizer": optimizer, "rng": rngs}, aside / "optimizer.pt")
     state = state | {"step": step, "skipped_in_a_row": learner.skipped_in_a_row}
@@ -182,7 +180,8 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """The checkpoint's state.json, once every file is known to be as it was written. Raises InputError."""
+    """The checkpoint's state.json, once every file is known to be as it was written. Raises InputError: one
+    that changed on the disk is something to know about, and no reason to take the checkpoint before."""
     try:
         name = "digests.json"
         digests = json.loads((checkpoint / name).read_text())

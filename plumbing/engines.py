@@ -1,4 +1,6 @@
-"""Which engine samples, and the engines of all processes as one."""
+"""Which engine samples, and the engines of all processes as one.
+
+An engine has `generate(requests, temperature, top_p) -> responses`, `load(model)`, `sleep()`, `close()`."""
 
 import sys
 from contextlib import nullcontext
@@ -6,11 +8,10 @@ from functools import partial
 
 import torch
 
-from plumbing.adapters import base_of, need_peft
 from plumbing.models import load_model
 from plumbing.nouns import Request, Response
 from plumbing.processes import rank, shared_out, world_size
-from plumbing.settings import MachineConfig, refuse_if
+from plumbing.settings import MachineConfig
 from plumbing.torch_engine import TorchEngine
 from plumbing.vllm_engine import VLLM_VERSION, VLLMEngine
 
@@ -20,39 +21,36 @@ def resolve_engine(name: str) -> str:
     if name == "torch" or (name == "auto" and not torch.cuda.is_available()):
         return "torch"
     try:
-        from vllm import __version__ as found
+        from vllm import __version__
     except Exception as error:  # not installed, built for another torch, or without its libraries
-        found = f"none that imports ({' '.join(str(error).split())[:200]})"
-    if found.partition("+")[0] == VLLM_VERSION:  # "+cpu" is a build of the same
-        return "vllm"
+        why_not = f"it does not import ({' '.join(str(error).split())[:200]})"
+    else:
+        if __version__.partition("+")[0] == VLLM_VERSION:  # "+cpu" is a build of the same
+            return "vllm"
+        why_not = f"{__version__} is installed, and {VLLM_VERSION} is the one that works here"
     remedy = "pip install -r requirements-gpu.txt, or pass --engine torch, which is slow on large models"
-    raise ValueError(f"engine={name} needs vLLM {VLLM_VERSION}, and there is {found}: {remedy}")
+    raise ValueError(f"engine={name} needs vLLM, and {why_not}: {remedy}")
 
 
 def check_engine(machine: MachineConfig) -> None:
     """Raises ValueError where the settings ask for what this machine does not have."""
-    if machine.lora_rank:
-        need_peft()
     chosen = resolve_engine(machine.engine)
-    sleepless = machine.engine_sleep and not (chosen == "vllm" and torch.cuda.is_available())
-    reason = "this run has no vLLM on a CUDA device: leave it out"
-    refuse_if(sleepless, f"engine_sleep hands vLLM's GPU memory back, and {reason}")
-    n, needed = machine.tensor_parallel, "must divide the number of torchrun's processes"
-    refuse_if(world_size() % n > 0, f"tensor_parallel={n} {needed}, here {world_size()}")
+    if machine.engine_sleep and not (chosen == "vllm" and torch.cuda.is_available()):
+        reason = "this run has no vLLM on a CUDA device: leave it out"
+        raise ValueError(f"engine_sleep hands vLLM's GPU memory back, and {reason}")
+    if world_size() % machine.tensor_parallel:
+        needed = f"must divide the number of torchrun's processes, here {world_size()}"
+        raise ValueError(f"tensor_parallel={machine.tensor_parallel} {needed}")
 
 
 def make_engine(machine, model_name, tokenizer, model=None, *, max_tokens, seed=0, autocast=nullcontext):
     """The engine that `resolve_engine(machine.engine)` says, which is printed to stderr.
+
     model, autocast: what the torch engine samples from, and in which context; without a model it loads
     `model_name`. max_tokens: longest prompt plus its budget. Raises ValueError if vLLM does not start."""
     if resolve_engine(machine.engine) == "vllm":
         knobs = machine.gpu_memory, machine.engine_sleep, machine.tensor_parallel
-        name, start = f"vLLM {VLLM_VERSION}", model_name
-        while base := base_of(start):  # vLLM starts from a whole model
-            start = base
-        engine = VLLMEngine(start, tokenizer, max_tokens, seed, *knobs)
-        if start != model_name:
-            engine.load(load_model(model_name, device="cpu"))  # the GPU's memory may be vLLM's
+        engine, name = VLLMEngine(model_name, tokenizer, max_tokens, seed, *knobs), f"vLLM {VLLM_VERSION}"
     else:
         model, name = (load_model(model_name) if model is None else model), "plain PyTorch"
         engine = TorchEngine(model, tokenizer, autocast=autocast)

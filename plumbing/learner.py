@@ -1,7 +1,8 @@
 """The model that learns: scoring in one forward pass, and one optimiser step on a minibatch.
 
-Packing into forward passes (which changes no gradient), chunks of logits, autocast, checkpointing, sharding
-(FSDP2), and updates that are skipped because something was not finite."""
+What `attnrl.py` need not know is here: packing sequences into forward passes, chunks of logits, autocast,
+gradient checkpointing, sharding over processes (FSDP2), and updates that are skipped because something was
+not finite. The gradient does not depend on how a minibatch is packed."""
 
 import functools
 import math
@@ -14,11 +15,10 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fci import PADDING, StepHook
-from plumbing.adapters import adapters_off, add_adapters
 from plumbing.agreement import check_model
 from plumbing.models import load_model
 from plumbing.nouns import Score, Sequence
-from plumbing.processes import average_gradients, rank, shares, total, union, whole, world_size
+from plumbing.processes import rank, shares, total, union, whole, world_size
 from plumbing.projection import collate, response_logps, token_logps
 from plumbing.settings import MachineConfig
 
@@ -62,8 +62,9 @@ def passes(lengths: list[int], budget: int) -> list[Pass]:
 
 def shard(model) -> None:
     """Split weights, gradients and the optimiser's state over the processes (FSDP2), if there are several.
-    When a layer runs, its weights are gathered, in their dtype: all must run the model equally often."""
-    if world_size() == 1 or model is None:
+
+    A layer's weights are gathered, in their own dtype, when it runs: all must run the model equally often."""
+    if world_size() == 1:
         return
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):  # what every decoder layer of transformers is
@@ -82,10 +83,12 @@ def autocast_dtype(machine: MachineConfig) -> torch.dtype | None:
 
 class Learner:
     """Scores and trains `model`, in place.
-    reference: frozen copy of the initial model, or None for losses that need none. temperature: of all
-    log-probabilities. hook(step_ids): what measures FCI. grad_clip: largest gradient norm."""
 
-    def __init__(self, model, reference, optimizer, machine, temperature=1, hook=StepHook, grad_clip=1):
+    reference: frozen copy of the initial model, or None for losses that need none. temperature: of log-probs.
+    hook(step_ids) measures FCI. grad_clip: largest gradient norm. ValueError for a model it cannot score."""
+
+    def __init__(self, model, reference, optimizer, machine, *, temperature=1, hook=StepHook, grad_clip=1):
+        check_model(model)
         self.model, self.reference, self.optimizer, self.machine = model, reference, optimizer, machine
         self.temperature, self.hook, self.grad_clip = temperature, hook, grad_clip
         self.autocast_dtype = autocast_dtype(machine)
@@ -131,7 +134,6 @@ class Learner:
         `response_tokens`; `read`, tokens in the forward passes, and `slots`, with padding; `grad_norm` before
         clipping; `skipped`, 1 if loss or gradient was not finite and weights stay. Or NonFiniteUpdates."""
         sums = total(self.accumulate(sequences, loss, divisors))
-        average_gradients(self.model)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)).item()
         finite = math.isfinite(norm) and math.isfinite(sums["loss"])
         if finite:
@@ -153,12 +155,12 @@ class Learner:
             with self.autocast():
                 ref_logps = None
                 if self.reference is not None:
-                    with torch.no_grad(), adapters_off(self.reference):
+                    with torch.no_grad():
                         ref_logps, _ = self.logps(self.reference, batch)
                 logps, _ = self.logps(self.model, batch)
             losses, logged = loss(logps, ref_logps, **self._per_token(batch))
             divisor = self._flat([[divisors[row]] * len(sequences[row].response_ids) for row in forward.rows])
-            weight = world_size() if forward.counts else 0  # gradients are averaged, and are to be summed
+            weight = world_size() if forward.counts else 0  # FSDP averages gradients; they are to be summed
             (weight * (losses / divisor).sum()).backward()
             sums["slots"] += len(batch) * max(map(len, batch))
             if not forward.counts:
@@ -177,22 +179,16 @@ class Learner:
 
 
 def make_learner(run, method, weights: str) -> Learner:
-    """Model, frozen reference and AdamW, of RunConfig and MethodConfig. weights: directory or hub name. With
-    adapters the model, adapters off, is the reference. ValueError for a model that cannot be scored."""
-    frozen, reference = autocast_dtype(run) or torch.float32, None
-    model = load_model(run.model if run.lora_rank else weights)
-    check_model(model)
-    if run.lora_rank:
-        add_adapters(model, run, frozen, weights)
+    """Model, frozen reference and AdamW, of RunConfig and MethodConfig. weights: directory or hub name."""
+    model, reference = load_model(weights), None
+    if method.kl_coef:
+        reference = load_model(run.model, autocast_dtype(run) or torch.float32).requires_grad_(False)
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if method.kl_coef:
-        reference = model if run.lora_rank else load_model(run.model, frozen).requires_grad_(False)
-    for each in (model, reference) if not run.lora_rank else ():
+    for each in filter(None, (model, reference)):
         shard(each)
-    trained = [p for p in model.parameters() if p.requires_grad]
     fused = torch.cuda.is_available()  # makes no copy of the state
-    optimizer = torch.optim.AdamW(trained, lr=run.lr, weight_decay=run.weight_decay, fused=fused)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=run.weight_decay, fused=fused)
     hook = functools.partial(StepHook, delta=method.fci_delta, later=method.fci_later)
     constants = dict(temperature=method.temperature, grad_clip=method.grad_clip)
     return Learner(model, reference, optimizer, run, hook=hook, **constants)

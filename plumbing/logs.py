@@ -197,13 +197,16 @@ class ProgressBar(tqdm):
     """In generated tokens where they are limited, else in steps; rank 0 shows it."""
 
     def __init__(self, run, progress: Progress):
-        self.tokens, unit = run.token_budget, "token" if run.token_budget else "step"
-        self.so_far = lambda p: min(p.tokens, self.tokens) if self.tokens else p.step
+        self.token_budget = run.token_budget
+        unit, total = ("token", run.token_budget) if run.token_budget else ("step", run.steps)
         style = dict(unit=unit, unit_scale=unit == "token", dynamic_ncols=True, disable=rank() > 0)
-        super().__init__(total=self.tokens or run.steps, initial=self.so_far(progress), **style)
+        super().__init__(total=total, initial=self._so_far(progress), **style)
 
     def show(self, progress: Progress, reward: float | None, sampled: int) -> None:
         """After a step: the number of problems sampled, and their mean reward, None without any."""
         if reward is not None:
             self.set_postfix(step=progress.step, reward=f"{reward:.2f}", problems=sampled, refresh=False)
-        self.update(self.so_far(progress) - self.n)
+        self.update(self._so_far(progress) - self.n)
+
+    def _so_far(self, progress: Progress) -> int:
+        return min(progress.tokens, self.token_budget) if self.token_budget else progress.step

@@ -1,12 +1,11 @@
 """The GPU memory of a run, part by part, from the configuration alone: what `python train.py --plan` prints.
 
-Sizes are bytes (1 GB = 1e9), by formulas that tests/test_memory_plan.py holds against measured allocations.
-They are those of a decoder layer with two RMSNorms and a gated MLP (Llama, Qwen2, Mistral, ...), elsewhere an
-estimate. Not counted: allocator fragmentation, the CUDA context and NCCL, together a few GB."""
+Nothing is loaded but config.json; parameters are counted on torch's meta device. Every function returns bytes
+(1 GB = 1e9) by a formula that tests/test_memory_plan.py holds against measured allocations. The activations
+are those of a decoder layer with two RMSNorms and a gated MLP (Llama, Qwen2, Mistral, ...); in other families
+they are an estimate. Not counted: allocator fragmentation, the CUDA context and NCCL, together a few GB."""
 
-from dataclasses import dataclass, replace
-from itertools import product
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,13 +15,11 @@ from plumbing.settings import InputError
 
 FP32, BF16 = 4, 2  # bytes per number
 TORCH_BATCH_TOKENS = 32768  # TorchEngine's batch_tokens
-CARDS, SPARE = (16, 24, 40, 48, 80, 141), 2  # GB: common ones; what is left on them for the uncounted
-WAYS = [{}, dict(engine_sleep=True), dict(engine_sleep=True, lora_rank=16, lr=1e-5)]  # to fit, in this order
 
 
 @dataclass
 class Shape:
-    """Sizes of a model, and how it is trained."""
+    """Sizes of a model."""
 
     parameters: int
     linear: int  # of them in linear layers, which autocast copies; the output layer included
@@ -34,7 +31,56 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocabulary: int
-    adapters: int  # parameters of adapters of rank 1
+
+    def weights(self) -> int:
+        """fp32 master weights: at lr 1e-6 an update is below the resolution of bf16, which would lose it."""
+        return FP32 * self.parameters
+
+    def moments(self) -> int:
+        """AdamW's running mean and square of the gradient, fp32."""
+        return 2 * FP32 * self.parameters
+
+    def reference(self, autocast: bool) -> int:
+        """Frozen, so kept in the dtype it computes in."""
+        return (BF16 if autocast else FP32) * self.parameters
+
+    def layer_inputs(self, tokens: int) -> int:
+        """What checkpointing keeps of every layer: its input, fp32 as autocast leaves the residual stream."""
+        return self.layers * FP32 * self.width * tokens
+
+    def last_hidden(self, tokens: int) -> int:
+        """After the last layer, fp32: its norm's input, x / rms(x), output, and response tokens' states."""
+        return 4 * FP32 * self.width * tokens
+
+    def layer_activations(self, tokens: int, autocast: bool) -> int:
+        """What backward needs of one layer, without checkpointing of every layer.
+
+        fp32 whatever the autocast: the input x of each of two norms and x / rms(x), 4 D; log-sum-exp of the
+        attention, H; 1 / rms, 2. In the dtype of matrix products: queries and the attention's output, 2 H d;
+        keys and values, 2 H_kv d; the MLP's gate, activation, other branch and their product, 4 M; weighted
+        norms, 2 D, which autocast casts for each of its 5 users."""
+        bytes_each, norm_outputs = (BF16, 5) if autocast else (FP32, 2)
+        product = norm_outputs * self.width + 2 * (self.heads + self.kv_heads) * self.head_dim + 4 * self.mlp
+        return (FP32 * (4 * self.width + self.heads + 2) + bytes_each * product) * tokens
+
+    def layer_forward(self, tokens: int, autocast: bool) -> int:
+        """One layer without backward: the MLP's gate, activation and branch; fp32, four times the stream."""
+        return (3 * (BF16 if autocast else FP32) * self.mlp + 4 * FP32 * self.width) * tokens
+
+    def layer_backward(self, tokens: int, autocast: bool) -> int:
+        """Gradients in flight in a layer: of two inner values of the MLP; fp32, of the stream and branch."""
+        return (2 * (BF16 if autocast else FP32) * self.mlp + 2 * FP32 * self.width) * tokens
+
+    def logits(self, chunk: int) -> int:
+        """Forward: log-probs, probabilities and their product, fp32, chunk x V each, for the entropy."""
+        return 3 * FP32 * chunk * self.vocabulary
+
+    def logits_backward(self, chunk: int, autocast: bool) -> int:
+        """Backward: log-probs and two gradients beside the output layer's; then it, the chunk's and the sum.
+
+        Under autocast these weight gradients are bf16, and a bf16 copy of the weight is beside the logits."""
+        c, w = FP32 * chunk * self.vocabulary, (BF16 if autocast else FP32) * self.vocabulary * self.width
+        return max(3 * c + 2 * w, c // 2 + 3 * w) if autocast else max(3 * c + w, 3 * w)
 
     def fci(self, tokens: int) -> int:
         """One layer: attention of heads that share a key to d steps, twice (kernel's, fp32), and masks."""
@@ -45,13 +91,18 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_dim * bytes_each
 
     def vllm_cache(self, memory: float) -> int:
-        """What its weights leave for its cache of the memory that vLLM may use."""
+        """vLLM's memory less its bf16 weights; its activations and CUDA graphs are not subtracted."""
         return max(0, int(memory) - BF16 * self.parameters)
 
     def at_once(self, cache: int, longest: int) -> int:
-        """Responses that vLLM samples at once: twice what its cache holds at full length, since one under way
-        has half of that on average. It would drop some of more, and read them again. Its limit is 1,024."""
+        """Responses that vLLM samples at once: twice what its cache holds at full length, since those under
+        way have half of it on average. Of more it would drop some and read them again. Its default: 1,024."""
         return min(1024, max(1, 2 * cache // (self.kv_token() * longest)))
+
+
+def casts(linear: int, autocast: bool) -> int:
+    """Autocast's bf16 copies of linear layers, made at their first use in a forward pass and kept for it."""
+    return BF16 * linear if autocast else 0
 
 
 def shape_of(model: str) -> Shape:
@@ -63,66 +114,48 @@ def shape_of(model: str) -> Shape:
     except Exception as error:
         needed = f"the config.json of a causal language model in {model!r}"
         raise InputError(f"no plan without {needed} ({type(error).__name__})") from None
-    text, head = config.get_text_config(), net.get_output_embeddings()
-    linear = [m for m in net.modules() if isinstance(m, nn.Linear) and m is not head]
-    in_layers = sum(m.weight.numel() for m in linear)
-    heads, layers = text.num_attention_heads, text.num_hidden_layers
+    text = config.get_text_config()
+    linear = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Linear))
+    heads, layers, head = text.num_attention_heads, text.num_hidden_layers, net.get_output_embeddings()
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    counts = dict(parameters=net.num_parameters(), linear=in_layers + head.weight.numel(), layers=layers)
-    counts |= dict(adapters=sum(m.in_features + m.out_features for m in linear), layer=in_layers // layers)
-    sizes = dict(width=text.hidden_size, mlp=text.intermediate_size, vocabulary=text.vocab_size)
-    return Shape(**counts, **sizes, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    counts = dict(parameters=net.num_parameters(), linear=linear, vocabulary=text.vocab_size)
+    counts |= dict(layer=(linear - head.weight.numel()) // layers, layers=layers, width=text.hidden_size)
+    return Shape(**counts, mlp=text.intermediate_size, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
 
 
 PHASES = ["sample, score", "forward", "backward: logits", "backward: layers"]  # columns of the plan
 
 
 def plan(s: Shape, run, method, card: float) -> dict[str, list[int]]:
-    """Bytes of every part in each of PHASES. run, method: RunConfig and MethodConfig; card: its bytes.
+    """Bytes of every part in each of PHASES. run, method: RunConfig, MethodConfig; card: bytes of GPU memory.
 
     In a column all rows count as alive at once. Sampling and scoring take turns, so the first column is too
-    high, by at most one row. The residual stream is of the embeddings' dtype: fp32 where they are trained."""
-    longest, adapters = method.max_prompt_tokens + method.max_response_tokens, run.lora_rank > 0
-    tokens, autocast = max(run.microbatch_tokens, longest), run.autocast != "none"
-    each = BF16 if autocast else FP32  # bytes of a number in matrix products
-    D, M, stream = s.width, s.mlp, each if adapters else FP32
-    trained = s.adapters * run.lora_rank or s.parameters
-    copied = (trained, trained // s.layers) if adapters else (s.linear, s.layer)
-    whole, layer = (BF16 * n if autocast else 0 for n in copied)
-    # For backward of a layer. Queries, the attention's output, 2 H d; keys, values, 2 H_kv d; the MLP's gate,
-    # activation, other branch and their product, 4 M; weighted norms, 2 D, cast from fp32 for each of 5 users
-    # where they are trained; what A makes of 7 inputs. In fp32: what two norms keep, 1 / rms, log-sum-exp, H.
-    products = 2 * (s.heads + s.kv_heads) * s.head_dim + 4 * M + 7 * run.lora_rank
-    products += (5 if autocast and not adapters else 2) * D
-    norm = FP32 if adapters else 2 * FP32  # its input x and, where it is trained, x / rms(x)
-    activations = (2 * norm * D + FP32 * (s.heads + 2) + each * products) * tokens
-    # The MLP's gate, activation and branch, and one more beside adapters; four times the stream.
-    forward = ((4 if adapters else 3) * each * M + 4 * stream * D) * tokens
-    # Gradients of two inner values of the MLP; of the stream and, where it is fp32, of the branch.
-    backward = (2 * each * M + (1 if adapters else 2) * stream * D) * tokens
+    high, by at most one row."""
+    longest = method.max_prompt_tokens + method.max_response_tokens
+    tokens, autocast, chunk = max(run.microbatch_tokens, longest), run.autocast != "none", run.logit_chunk
+    whole, layer = casts(s.linear, autocast), casts(s.layer, autocast)
+    activations = s.layer_activations(tokens, autocast)
     if run.gradient_checkpointing:
-        kept, kept_name, backward = s.layers * stream * D * tokens, "inputs", backward + activations
+        kept, kept_name = s.layer_inputs(tokens), f"inputs of {s.layers} layers"
+        copies, recomputed = [whole, whole, layer, layer], activations
     else:
-        kept, kept_name, layer = s.layers * activations, "activations", whole
-    last = (norm + 2 * stream) * D * tokens  # the norm's, its output, and that of response tokens
-    logits, head = FP32 * run.logit_chunk * s.vocabulary, each * s.vocabulary * D
-    # Log-probs, probabilities, their product; in backward log-probs and two gradients, beside the output
-    # layer's gradient and, under autocast, copy; then that gradient, the chunk's and their sum.
-    logits_backward = max(3 * logits + head * (2 if autocast else 1), 3 * head + logits // 2 * autocast)
+        kept, kept_name = s.layers * activations, f"activations of {s.layers} layers"
+        copies, recomputed = [whole] * 4, 0
+    hidden, logits_forward = s.last_hidden(tokens), s.logits(chunk)
+    backward = recomputed + s.layer_backward(tokens, autocast)
     always = lambda size: [size] * 4
     in_update = lambda size: [0, size, size, size]
     rows = {
-        # Trained ones are fp32: at lr 1e-6 an update is below the resolution of bf16, which would lose it.
-        "weights": always(FP32 * trained + (each * s.parameters if adapters else 0)),
-        "AdamW's moments": always(2 * FP32 * trained),  # running mean and square of the gradient
-        "reference": always(each * s.parameters if method.kl_coef and not adapters else 0),
-        "gradients": in_update(FP32 * trained),  # dropped after each optimiser step
-        "autocast's copies of weights": [whole, whole, layer, layer],  # made at first use, kept for the pass
-        f"{kept_name} of {s.layers} layers": in_update(kept),
-        "last norm, hidden states": [0, last, last, 0],
-        "one layer": [forward, 0, 0, backward],
-        "logits of a chunk": [3 * logits, 3 * logits, 3 * logits if adapters else logits_backward, 0],
+        "weights": always(s.weights()),
+        "AdamW's moments": always(s.moments()),
+        "reference": always(s.reference(autocast) if method.kl_coef else 0),
+        "gradients": in_update(s.weights()),  # fp32, too; dropped after each optimiser step
+        "autocast's copies of weights": copies,
+        kept_name: in_update(kept),
+        "last norm, hidden states": [0, hidden, hidden, 0],
+        "one layer": [s.layer_forward(tokens, autocast), 0, 0, backward],
+        "logits of a chunk": [logits_forward, logits_forward, s.logits_backward(chunk, autocast), 0],
         "FCI": [s.fci(tokens), 0, 0, 0],
     }
     if run.engine == "torch":
@@ -135,39 +168,20 @@ def plan(s: Shape, run, method, card: float) -> dict[str, list[int]]:
     return rows
 
 
-def card_line(s: Shape, run, method, gb: int) -> str:
-    """Which flags make a run fit a card: the first of WAYS that does, with the largest cache."""
-    longest = method.max_prompt_tokens + method.max_response_tokens
-    for way, share in product(WAYS, range(90, 0, -5)):
-        tried = replace(run, **way, gpu_memory=share / 100)
-        rows = plan(s, tried, method, 1e9 * gb)
-        left = gb - max(map(sum, zip(*rows.values()))) / 1e9
-        held = max(rows["engine: cache"]) * run.tensor_parallel // (s.kv_token() * longest)
-        if left >= SPARE and held >= 8:
-            changed = {name: value for name, value in vars(tried).items() if value != getattr(run, name)}
-            flags = " ".join(f"--{name} {str(value).lower()}" for name, value in changed.items())
-            return f"{gb:4d} GB: {flags or 'as it is'} ({left:.1f} GB left, cache for {held} responses)"
-    return f"{gb:4d} GB: does not fit"
-
-
 def report(run, method) -> str:
     """The plan as text. Raises InputError if there is no config.json."""
-    s, card = shape_of(run.model), 1e9 * (run.gpu_gb or 80)  # H100 or A100, where no card is there to ask
+    s, card = shape_of(run.model), 1e9 * (run.gpu_gb or 80)  # where no card is there to ask
     if torch.cuda.is_available() and not run.gpu_gb:
         card = torch.cuda.get_device_properties(0).total_memory
     rows = plan(s, run, method, card)
     totals = [sum(column) for column in zip(*rows.values())]
-    lines = [
-        f"{Path(run.model).name}: {s.parameters / 1e9:.2f} B parameters; GB of a card of {card / 1e9:.0f}"
-    ]
+    name = run.model.rstrip("/").split("/")[-1]
+    lines = [f"{name}: {s.parameters / 1e9:.2f} B parameters; GB of a card of {card / 1e9:.0f}"]
     lines += [f"{'':30s}" + "".join(f"{phase:>18s}" for phase in PHASES)]
     for name, sizes in [*rows.items(), ("sum", totals)]:
         if any(sizes):
             cells = [f"{size / 1e9:.1f}" if size else "-" for size in sizes]
             lines.append(f"{name:30s}" + "".join(f"{cell:>18s}" for cell in cells))
-    left, peak = (card - max(totals)) / 1e9, PHASES[totals.index(max(totals))]
-    verdict = f"fits: {left:.1f} GB are left" if left >= 0 else f"does not fit: {-left:.1f} GB too much"
-    verdict, table = f"{verdict} at the peak ({peak})", []
     if run.engine != "torch":
         longest = method.max_prompt_tokens + method.max_response_tokens
         cache = max(rows["engine: cache"]) * run.tensor_parallel
@@ -175,6 +189,17 @@ def report(run, method) -> str:
         held = f"{room // longest} responses of {longest:,} tokens; {limit} are sampled at once"
         lines.append(f"cache: {s.kv_token():,} bytes per token, so {room:,} tokens, or {held}")
         if room < longest:
-            verdict = "does not fit: vLLM's cache holds no response, raise --gpu_memory"
-        table = ["flags to fit other cards:", *(card_line(s, run, method, gb) for gb in CARDS)]
-    return "\n".join([*lines, verdict, *table])
+            return "\n".join([*lines, "does not fit: vLLM's cache holds no response, raise --gpu_memory"])
+    worst = totals.index(max(totals))
+    left, peak = (card - totals[worst]) / 1e9, PHASES[worst]
+    if left >= 0:
+        return "\n".join([*lines, f"fits: {left:.1f} GB are left at the peak ({peak})"])
+    lines.append(f"does not fit: {-left:.1f} GB too much at the peak ({peak})")
+    parts = ("weights", "AdamW's moments", "reference", "gradients")
+    sharded = [sum(sizes) for sizes in zip(*map(rows.get, parts))]
+    rest = [total - part for total, part in zip(totals, sharded)]
+    if max(rest) < card:
+        cards = max(-(-part // int(card - other)) for part, other in zip(sharded, rest))
+        room = f"over {cards} cards (FSDP) would make room, but for the layer it gathers"
+        lines.append(f"sharding weights, moments, reference and gradients {room}")
+    return "\n".join(lines)

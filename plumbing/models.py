@@ -10,16 +10,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers.masking_utils import sdpa_mask
 
 import fci
-from plumbing.adapters import base_of
-from plumbing.settings import refuse_if
 
 PROMPT = "{problem} Let's think step by step and output the final answer within \\boxed{{}}."  # the paper's
 ATTENTION = "sdpa_with_step_hook_and_shared_cache"  # the name under which transformers knows `attention`
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """fci.py's attention; where one token is generated, heads that share a key are rows of one attention:
-    transformers would copy the cache for each. Generation took 1.8 times as long with copies, on a CPU."""
+    """fci.py's attention; where one token is generated, heads that share a key are rows of one attention.
+    transformers would copy the cache for each of them: on a CPU, generation took 1.8 times as long."""
     batch, heads, n_queries, _ = query.shape
     if n_queries > 1 or key.shape[1] == heads:
         kwargs["dropout"] = dropout
@@ -42,28 +40,21 @@ def load_tokenizer(model: str):
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
     except Exception as error:  # transformers raises many kinds, some pages long
         raise ValueError(_cannot_load("tokenizer", model, error)) from None
-    needed = "the prompt needs one, as instruction-tuned models have"
-    refuse_if(not tokenizer.chat_template, f"the tokenizer of {model!r} has no chat template: {needed}")
+    if not tokenizer.chat_template:
+        needed = "the prompt needs one, as instruction-tuned models have"
+        raise ValueError(f"the tokenizer of {model!r} has no chat template: {needed}")
     return tokenizer
 
 
-def load_model(model: str, dtype: torch.dtype = torch.float32, device: str | None = None):
-    """Causal language model that FCI can look into, adapters merged, on a GPU if there is one. ValueError."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if base := base_of(model):
-        from peft import PeftModel
-
-        try:
-            return PeftModel.from_pretrained(load_model(base, dtype, device), model).merge_and_unload()
-        except ValueError as error:
-            raise ValueError(f"{model!r} holds adapters of {base!r}: {error}") from None
+def load_model(model: str, dtype: torch.dtype = torch.float32):
+    """Causal language model that FCI can look into, on the GPU if there is one. ValueError if it cannot."""
     try:
         loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     except Exception as error:
         raise ValueError(_cannot_load("model", model, error)) from None
     loaded.set_attn_implementation(ATTENTION)  # or it keeps its own, and `check_model` refuses to train it
     loaded.generation_config.do_sample = True  # or transformers would not save a model with a temperature
-    return loaded.to(device).eval()
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def context_length(model: str) -> float:
@@ -80,9 +71,12 @@ def positions(config) -> float:
 
 
 def _cannot_load(what: str, model: str, error: Exception) -> str:
-    lacks = "the directory lacks what save_pretrained writes"
-    found = lacks if os.path.isdir(model) else "no such directory, and no such model on the hub within reach"
-    return f"cannot load the {what} of {model!r} ({type(error).__name__}): {found}"
+    kind = type(error).__name__
+    if os.path.isdir(model):
+        needed = "it needs the files that save_pretrained writes"
+        return f"the directory {model!r} holds no {what} that loads ({kind}): {needed}"
+    found = "no such directory, and no such model on the hub within reach"
+    return f"cannot load the {what} of {model!r} ({kind}): {found}"
 
 
 def prompt_ids(tokenizer, problem: str) -> list[int]:

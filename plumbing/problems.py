@@ -1,5 +1,6 @@
 """Problems with answers, from files or datasets and checked row by row; the order of training."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -8,7 +9,6 @@ from tqdm import tqdm
 
 from plumbing.models import context_length, prompt_ids
 from plumbing.processes import rank
-from plumbing.settings import refuse_if
 
 BENCHMARKS = {  # the paper's: hub dataset, its columns of problems and answers
     "aime24": ("math-ai/aime24", "problem", "solution"),
@@ -23,6 +23,7 @@ BENCHMARKS = {  # the paper's: hub dataset, its columns of problems and answers
 def load_problems(source: str, split="train") -> list[dict]:
     """[{"problem": str, "answers": [str, ...]}] of a benchmark of the paper, a .jsonl, .json or .parquet file
     or a hub dataset, with columns `problem` and `answer`: text, a number, or a list of them.
+
     `split` is for the hub only. Raises ValueError, one sentence with the value and the remedy."""
     source, problem, answer = BENCHMARKS.get(source, (source, "problem", "answer"))
     try:
@@ -31,8 +32,9 @@ def load_problems(source: str, split="train") -> list[dict]:
         reason = " ".join(str(error).split())
         remedy = "give an intact .jsonl, .json or .parquet file, or name and split of a hub dataset in reach"
         raise ValueError(f"cannot read {source!r}, split {split!r} ({reason}); {remedy}") from error
-    needed = f"it needs a list of rows with `{problem}` and `{answer}`"
-    refuse_if(not isinstance(rows, list) or not rows, f"{source} holds no problems; {needed}")
+    if not isinstance(rows, list) or not rows:
+        needed = f"it needs a list of rows with `{problem}` and `{answer}`"
+        raise ValueError(f"{source} holds no problems; {needed}")
     problems, unusable = [], []
     for i, row in enumerate(rows, 1):
         try:
@@ -80,7 +82,8 @@ def with_prompts(problems: list[dict], name: str, tokenizer, longest: int, conse
     bar = tqdm(problems, desc=name, delay=2, disable=rank() > 0)
     found = [p | {"prompt_ids": prompt_ids(tokenizer, p["problem"])} for p in bar]
     n_long, limit = sum(len(p["prompt_ids"]) > longest for p in found), f"max_prompt_tokens={longest}"
-    refuse_if(n_long == len(found), f"no prompt of {name} fits into {limit}: raise it")
+    if n_long == len(found):
+        raise ValueError(f"no prompt of {name} fits into {limit}: raise it")
     if n_long:
         print(f"{n_long} of {len(found)} prompts of {name} are longer than {limit} and {consequence}")
     return found
@@ -96,7 +99,8 @@ def load_data(run, method, tokenizer) -> tuple[list[dict], dict[str, list[dict]]
     train, held_out = load_problems(run.train_data), {}
     for source in run.test_data:
         name = Path(source).stem
-        refuse_if(name in held_out, f"test_data has two data sets called {name!r}: rename one")
+        if name in held_out:
+            raise ValueError(f"test_data has two data sets called {name!r}: rename one")
         rows = load_problems(source, "test")[: run.eval_problems or None]
         held_out[name] = with_prompts(rows, name, tokenizer, longest, "count as wrong")
     train = with_prompts(train, "train_data", tokenizer, longest, "are left out")
@@ -108,10 +112,12 @@ class Stream:
 
     def __init__(self, problems: list[dict], seed: int):
         self.problems, self.seed = problems, seed
+        self.order = functools.lru_cache(maxsize=2)(self._order)  # of an epoch
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.problems))
 
     def __getitem__(self, place: slice) -> list[dict]:
         """Problems place.start to place.stop of the stream."""
-        n, rng = len(self.problems), lambda epoch: np.random.default_rng([self.seed, epoch])
-        epochs = range(place.start // n, place.stop // n + 1)
-        places = np.concatenate([rng(epoch).permutation(n) for epoch in epochs])[place.start % n :]
-        return [self.problems[i] for i in places[: place.stop - place.start]]
+        places = (divmod(i, len(self.problems)) for i in range(place.start, place.stop))
+        return [self.problems[self.order(epoch)[index]] for epoch, index in places]

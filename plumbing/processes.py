@@ -1,11 +1,13 @@
 """Many processes (torchrun): who works on what, and how results meet again.
 
-All run the same program and make the same random choices: only the heavy calls are shared out."""
+Every process runs the same program on the same data and makes the same random choices. Only the heavy calls
+are shared out: sampling, grading, scoring, the update. So all statistics are over all processes, and a
+checkpoint is that of a run of one process. With a single process everything here does nothing."""
 
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -89,12 +91,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def average_gradients(model) -> None:
-    """Give every process the mean of all processes' gradients; sharded ones, FSDP has averaged already."""
-    for gradient in (p.grad for p in model.parameters() if world_size() > 1):
-        if gradient is not None and not isinstance(gradient, DTensor):
-            torch.distributed.all_reduce(gradient)
-            gradient /= world_size()
+def full_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and whole weights, one at a time: all processes must go through them together."""
+    return ((name, whole(weight)) for name, weight in model.state_dict().items())
 
 
 def on_rank_0(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

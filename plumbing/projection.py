@@ -1,6 +1,7 @@
 """Log-probabilities and entropies of response tokens: the vocabulary projection in chunks.
 
-All logits at once would be the largest tensor by far (8,192 tokens x 151,936 words x 4 bytes = 5 GB)."""
+Logits of all tokens would be the largest tensor of training by far (8,192 tokens x 151,936 words x 4 bytes
+= 5 GB, several times over in backward), so they exist for `chunk` tokens at a time, and again in backward."""
 
 import functools
 
@@ -18,6 +19,7 @@ def collate(rows: list[list[int]], padding: int, device) -> torch.Tensor:
 
 def token_logps(model, batch, temperature: float, chunk: int, step_hook=None, with_entropy: bool = False):
     """Log-probs of the response tokens of a batch of (prompt ids, response ids) pairs, in order.
+
     step_hook: a StepHook of fci.py that sees the same pass. Returns (logps (N,), entropies (N,) or None),
     fp32, entropies in nats; N = response tokens of the batch."""
     ids = collate([prompt + response for prompt, response in batch], 0, model.device)

@@ -1,7 +1,7 @@
 """Symbolic equality: Math-Verify in worker processes, whose program this is, with limits on time and memory.
 
-Only an alarm signal in a main thread stops a comparison that hangs. macOS has the time limit alone. Nothing
-heavy is imported: workers must start fast and fit."""
+The limits: Linux; macOS has the time limit alone. In the trainer itself only an alarm signal in the main
+thread could stop a comparison that hangs. Nothing heavy is imported: workers must start fast and fit."""
 
 import contextlib
 import json
@@ -20,8 +20,11 @@ MAX_ANSWER_CHARS = 2000  # a longer boxed answer is wrong; gold answers of the s
 
 
 class SymbolicChecker:
-    """Math-Verify in worker processes, which start when needed: not of `multiprocessing`, whose spawn imports
-    torch. They end when their input closes or, by their own clock, when a question takes too long."""
+    """Math-Verify in worker processes, which start when needed and live as long as this one; for all threads.
+
+    Subprocesses and not `multiprocessing`: its spawn runs the main module again in the child, and train.py
+    imports torch. A worker ends by itself when its input closes, and its own alarm clock ends it when a
+    question takes too long, so neither a hung comparison nor a killed trainer leaves a process behind."""
 
     def __init__(self) -> None:
         self.timeouts = 0  # questions given up because their worker ran into a limit or died
@@ -98,8 +101,8 @@ def serve_symbolic() -> None:
 
     logging.disable(logging.CRITICAL)  # Math-Verify warns about every answer it cannot parse
     replies, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not write into the replies
-    how = dict(basic_latex=True, units=False, malformed_operators=True, nits=True, equations=False)
-    keep_units = NormalizationConfig(**how, boxed="all")
+    rules = dict(basic_latex=True, malformed_operators=True, nits=True, boxed="all", equations=False)
+    keep_units = NormalizationConfig(**rules, units=False)
     literal = [LatexExtractionConfig(normalization_config=keep_units), ExprExtractionConfig()]
     sys.stdin.readline()
     print("ready", file=replies, flush=True)

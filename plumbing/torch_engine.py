@@ -1,4 +1,6 @@
-"""An engine in plain PyTorch: a decoding loop over the model and its cache, on any device."""
+"""An engine in plain PyTorch: a decoding loop over the model and its cache, on any device.
+
+Each distinct prompt of a batch is read once, and rows that have ended leave the batch."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -9,10 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer
 
-from plumbing.adapters import full_weights
 from plumbing.models import positions, stop_ids
 from plumbing.nouns import Request, Response
-from plumbing.settings import refuse_if
+from plumbing.processes import full_weights
 
 ROOM = 64
 KEEP = 3 / 4  # rows that have ended leave a batch when less than this share of it goes on
@@ -43,11 +44,12 @@ class RoomyLayer(DynamicLayer):
 def check_requests(requests: list[Request], context: float) -> None:
     """Raises ValueError in one sentence for a request that no model with so many positions can serve."""
     for r in requests:
-        refuse_if(not r.prompt_ids, "a request has an empty prompt: give it at least one token to start from")
-        sizes = f"a prompt of {len(r.prompt_ids)} tokens with a budget of {r.max_new_tokens}"
-        limits = f"the budget must be at least 1, and both at most the {context} the engine holds"
-        wrong = r.max_new_tokens < 1 or len(r.prompt_ids) + r.max_new_tokens > context
-        refuse_if(wrong, f"{sizes} cannot be served: {limits}")
+        if not r.prompt_ids:
+            raise ValueError("a request has an empty prompt: give it at least one token to start from")
+        if r.max_new_tokens < 1 or len(r.prompt_ids) + r.max_new_tokens > context:
+            sizes = f"a prompt of {len(r.prompt_ids)} tokens with a budget of {r.max_new_tokens}"
+            limits = f"the budget must be at least 1, and both at most the {context} the engine holds"
+            raise ValueError(f"{sizes} cannot be served: {limits}")
 
 
 def draw(logits: torch.Tensor, temperature: float, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,6 +65,7 @@ def draw(logits: torch.Tensor, temperature: float, top_p: float) -> tuple[torch.
 
 class TorchEngine:
     """Samples from the trained model itself (weights are never stale) or from a copy of it.
+
     batch_tokens: rows x longest sequence of a batch, a memory knob. Requests of similar length share a batch.
     autocast: makes the context manager of forward passes, the trainer's."""
 
@@ -72,8 +75,10 @@ class TorchEngine:
 
     @torch.no_grad()
     def generate(self, requests: list[Request], temperature=1.0, top_p=1.0) -> list[Response]:
-        """Sample one response per request, in order; temperature 0 is greedy. Log-probabilities are of the
-        distribution that was sampled from. Raises ValueError for a request that cannot be served."""
+        """Sample one response per request, in the order of the requests. temperature 0 is greedy.
+
+        Log-probabilities are of the distribution that was sampled from, temperature and top-p included.
+        Raises ValueError in one sentence for a request that cannot be served."""
         check_requests(requests, positions(self.model.config))
         self.model.eval()
         responses: dict[int, Response] = {}

@@ -6,11 +6,10 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from plumbing.adapters import full_weights
 from plumbing.memory_plan import shape_of
 from plumbing.models import stop_ids
 from plumbing.nouns import Request, Response
-from plumbing.processes import world_size
+from plumbing.processes import full_weights, world_size
 from plumbing.torch_engine import check_requests
 
 VLLM_VERSION = "0.32.0"  # what requirements-gpu.txt pins and tests run: its reloading of weights may change
@@ -18,9 +17,10 @@ VLLM_VERSION = "0.32.0"  # what requirements-gpu.txt pins and tests run: its rel
 
 class VLLMEngine:
     """Samples with vLLM, in this process, from a copy of the weights that `load` keeps up to date.
+
     max_tokens: longest prompt plus its budget. gpu_memory: share of each of n_gpus that vLLM may use.
-    sleep_mode: let `sleep` hand that share back until the next `load` (CUDA only). ValueError if it does not
-    start. Prefix caching serves requests of one call that share a prefix."""
+    sleep_mode: let `sleep` hand that share back until the next `load` (CUDA only). Raises ValueError in one
+    sentence if vLLM does not start. Prefix caching serves requests of one call that share a prefix."""
 
     def __init__(self, model_name, tokenizer, max_tokens, seed=0, gpu_memory=0.4, sleep_mode=False, n_gpus=1):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: weights are handed over as they are

@@ -68,7 +68,7 @@ def test_auto_takes_vllm_where_there_is_cuda(fake_vllm, monkeypatch):
 @pytest.mark.parametrize("name", ["auto", "vllm"])
 @pytest.mark.parametrize(
     ("breakage", "mention"),
-    [("version", "there is 0.1.0"), ("import", "none that imports"), ("missing", "none that imports")],
+    [("version", "0.1.0 is installed"), ("import", "does not import"), ("missing", "does not import")],
 )
 def test_a_gpu_without_a_working_vllm_is_an_error_with_a_remedy(
     fake_vllm, monkeypatch, name, breakage, mention

@@ -127,7 +127,7 @@ BAD_INPUT = [  # flags, message
     (["--text", "-"], "empty"),
     (["--problem", "x", "--out", "a.pdf"], "in .png or .html"),
     (["--problem", "x", "--out", "nowhere/a.png"], "in a folder that exists"),
-    (["--problem", "x", "--model", "tests"], "error: cannot load the tokenizer of 'tests'"),
+    (["--problem", "x", "--model", "tests"], "error: the directory 'tests' holds no tokenizer that loads"),
     (["--problem", "a=1 " * 600], "shorten the problem"),
 ]
 

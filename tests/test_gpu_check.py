@@ -118,11 +118,10 @@ def test_the_kernel_of_fci_alone_is_seen(s, monkeypatch):
 
 
 def test_memory_away_from_the_plan_is_a_failure(s, monkeypatch):
-    planned = gpu_check.memory_plan.plan
-    more = {"more": [0, 4_000_000, 4_000_000, 4_000_000]}  # of an update alone
-    monkeypatch.setattr(gpu_check.memory_plan, "plan", lambda *args, **how: planned(*args, **how) | more)
+    plan = gpu_check.memory_plan.Shape
+    monkeypatch.setattr(plan, "layer_inputs", lambda *args: 4_000_000)  # of an update alone
     assert gpu_check.check_memory(s)[0] is False
-    monkeypatch.setattr(gpu_check.memory_plan.Shape, "fci", lambda *args: 0)
+    monkeypatch.setattr(plan, "fci", lambda *args: 0)
     assert gpu_check.check_fci(s)[0] is False
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.compare_evaluations import bootstrap, compare
+from plumbing.evaluations import bootstrap, compare
 
 
 def results(path: Path, per_problem: dict[str, list[float]], **settings) -> str:
