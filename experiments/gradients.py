@@ -10,8 +10,8 @@ and each batch gives one gradient of Eq. 1 at ratio 1, without the KL, scaled to
 how good a rule's gradients are, without a learning rate or a minibatch size:
 
     consistency   mean cosine c between two batches; c / (1 - c) is signal to noise, and grows with the tokens
-    agreement     mean cosine with an independent reference: plain policy gradient (R - mean of 30 responses)
-                  over as many batches of its own
+    direction     cosine of the mean gradient with that of an independent reference, plain policy gradient
+                  (R - mean of 30 responses) over as many batches, corrected for the noise of both
 
 Batch b of every rule uses the same problems and the same initial responses, so differences between rules are
 paired. Intervals are jackknives over batches. The second metric divides each coordinate by the root mean
@@ -186,11 +186,9 @@ def about(problems: list[Problem]) -> dict:
             k = max(k for k, (start, _) in enumerate(rollout.steps) if start <= point)
             kinds[step_kind(rollout.step_texts[k])] += 1
             places.append(point / len(rollout.ids))
-    branched = [p for p in problems if p.branches]
-    mixed = [len({r.reward for r in p.rollouts if r.start > 0}) > 1 for p in branched]
     useful = sum(a.any() for of_problem in credit(problems, tree_advantages) for a in of_problem)
     found = {f"points_{kind}": kinds[kind] for kind in KINDS} | {"points": len(places)}
-    found |= {"place_sum": float(np.sum(places)), "branched": len(branched), "mixed": sum(map(bool, mixed))}
+    found |= {"place_sum": float(np.sum(places))}
     return found | {"tokens": cost(problems), "problems": len(problems), "useful": int(useful)}
 
 

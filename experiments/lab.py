@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from eval import evaluate
 from experiments.lab_report import KINDS, report
-from plumbing.checkpoints import checkpoints, write_whole
+from plumbing.checkpoints import checkpoints, provenance, write_whole
 from plumbing.models import load_model, load_tokenizer
 from plumbing.problems import load_problems
 from plumbing.torch_engine import TorchEngine
@@ -106,10 +106,8 @@ def run(world: str, row: str, seed: int, args: argparse.Namespace) -> None:
     problems = load_problems(config.test_data[0])[: config.eval_problems]
     how = dict(samples=4, temperature=1.0, budget=lambda n_prompt: method.max_response_tokens)
     found = evaluate(TorchEngine(load_model(checkpoint), tokenizer), tokenizer, problems, **how)
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     summary = dict(world=world, row=row, seed=seed, token_budget=args.token_budget, flags=" ".join(flags))
-    summary |= {"commit": commit}
+    summary |= {"commit": provenance()["commit"]}
     summary |= {"pass@4": found["pass@k"], "pass@1_of_4": found["pass@1"]} | summarised(out)
     write_whole(out / "summary.json", json.dumps(summary))
     for path in out.iterdir():
