@@ -47,12 +47,11 @@ class RunConfig(MachineConfig):
 
     model: str = HfArg(default=str(HERE / "tiny"), help="directory or hub name of a chat model")
     algo: Literal["attnrl", "treerl", "grpo"] = HfArg(default="attnrl", help="method fields, see ALGORITHMS")
-    preset: Literal["auto", "paper", "tiny"] = HfArg(
+    preset: Literal["auto", "paper", "tiny", "smollm2"] = HfArg(
         default="auto", help="defaults; auto: the one named like the model's directory, else paper"
     )
     train_data: str = HfArg(
-        default="agentica-org/DeepScaleR-Preview-Dataset",
-        help="hub name or .jsonl/.json/.parquet with `problem` and `answer`",
+        default="agentica-org/DeepScaleR-Preview-Dataset", help="hub name, or .jsonl, .json, .parquet file"
     )
     test_data: list[str] = HfArg(default_factory=lambda: ["math500"], help="held out; names as in eval.py")
     output_dir: str = HfArg(default="", help="where the run is written [runs/ALGO-MODEL-SEED]")
@@ -78,13 +77,15 @@ ALGORITHMS = {  # rows of the paper's Table 1
     # The paper does not state GRPO's group size. 30, the leaves of a tree, is inferred from its token counts.
     "grpo": dict(branching="none", advantage="group", group_size=30) | BASELINE,
 }
-PRESETS = {
-    "paper": {},
+PRESETS = {  # "paper" changes nothing; smollm2 is that of docs/real-model.md
     "tiny": dict(max_prompt_tokens=128, max_response_tokens=128, batch_size=12, min_batch_size=6)
     | dict(max_batch_size=36, target_sequences=180, minibatch_sequences=96, lr=4e-4, token_budget=400_000)
     | dict(train_data=str(HERE / "tiny/train.jsonl"), test_data=[str(HERE / "tiny/test.jsonl")])
     | dict(eval_every=10, save_every=20, gradient_checkpointing=False)
     | dict(engine="torch", threads=1, microbatch_tokens=4096, logit_chunk=512, eval_problems=400),
+    "smollm2": dict(max_prompt_tokens=192, max_response_tokens=192, batch_size=4, min_batch_size=2)
+    | dict(max_batch_size=12, target_sequences=64, minibatch_sequences=32, lr=1e-5, microbatch_tokens=4096)
+    | dict(eval_every=10, eval_problems=200, save_every=5, gradient_checkpointing=False),
     "tiny grpo": dict(batch_size=6),  # of 30 responses each: about as many tokens as a step of a tree
 }
 

@@ -39,7 +39,8 @@ def sample(args, tokenizer, model) -> list[dict]:
     """Responses long enough, and the prompts they answer; those in the file first."""
     path = args.out / "samples.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    engine, problems = TorchEngine(model, tokenizer), load_problems(args.data)
+    problems = load_problems(args.data)
+    engine = TorchEngine(model, tokenizer, batch_tokens=10**9)  # batches are made here
     long = [row for row in done if len(row["ids"]) >= args.min_tokens]
     bar = tqdm(total=args.responses, initial=len(long), unit="response")
     while len(long) < args.responses and len(done) < len(problems):
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--responses", type=int, default=200)
     parser.add_argument("--min_tokens", type=int, default=1000)
     parser.add_argument("--max_tokens", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=16, help="responses sampled at once")
+    parser.add_argument("--batch", type=int, default=64, help="responses sampled at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/real_fci"))

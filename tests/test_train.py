@@ -41,6 +41,14 @@ def test_flags_override_algorithms_override_presets():
     assert paper.lr == 1e-6
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_name_fields_and_are_found_by_the_models_directory(name):
+    preset, _, algo = name.partition(" ")
+    run, method = parse_config(["--model", f"models/{preset}", "--algo", algo or "attnrl"])
+    fields = vars(run) | vars(method)
+    assert all(fields[key] == value for key, value in PRESETS[name].items())
+
+
 def test_baselines_are_the_papers():
     """800 steps and problems without advantage kept; GRPO has as many responses as a tree has leaves."""
     _, attnrl = parse_config([])
