@@ -2,7 +2,7 @@
 
     python eval.py --model runs/a/checkpoint-500                 # the paper's six benchmarks and settings
     python eval.py --model tiny --data tiny/test.jsonl --engine torch   # the embedded reasoner, anywhere
-    python eval.py --compare runs/eval-a/results.json runs/eval-b/results.json
+    python experiments/compare_evaluations.py runs/eval-a/results.json runs/eval-b/results.json
 
 The paper samples 32 responses per problem of AIME24, AIME25 and AMC23, and 4 of MATH-500, Minerva and
 OlympiadBench (at most 32,768 tokens, temperature 0.6), and reports Pass@1, the mean correctness of all
@@ -26,7 +26,7 @@ from transformers.utils import logging
 from plumbing.answers import boxed_answer, equal
 from plumbing.checkpoints import closing_directories, open_directory
 from plumbing.engines import make_engine, resolve_engine
-from plumbing.evaluations import HEADER, SampleFile, compare, describe, table_row
+from plumbing.evaluations import HEADER, SampleFile, describe, table_row
 from plumbing.models import context_length, load_tokenizer, prompt_ids
 from plumbing.nouns import Request
 from plumbing.problems import load_problems
@@ -163,11 +163,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--engine", choices=["auto", "torch", "vllm"], default="auto")
     add("--chunk", type=int, default=512, help="responses per generation call: what an interruption can lose")
     add("--output_dir", help="for results.json and the samples of each benchmark [runs/eval-MODEL]")
-    add("--compare", nargs=2, metavar="RESULTS", help="print the difference of two results.json only")
     underscores = lambda flag: "--" + flag[0][2:].replace("-", "_")
     with_underscores = [re.sub("^--[a-z-]+", underscores, text) for text in argv]
     args = parser.parse_args(with_underscores)
-    if not args.model and not args.compare:
+    if not args.model:
         parser.error("--model is missing; give a checkpoint folder or a hub name")
     for name in ("samples", "max_new_tokens", "limit", "chunk"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -225,7 +224,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args(sys.argv[1:])
     try:
-        print("\n".join(compare(*args.compare))) if args.compare else run(args)
+        run(args)
     except ValueError as error:
         sys.exit(f"eval.py: {error}")
 

@@ -1,11 +1,10 @@
-"""Evaluations: files of samples that can be continued, tables of scores, and two evaluations compared."""
+"""Evaluations: files of samples that can be continued, and tables of scores."""
 
 import hashlib
 import json
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -77,36 +76,3 @@ def table_row(name: str, r: dict) -> str:
     quality = f"{name:<18}{r['n_problems']:>9}{r['samples']:>4}{pass_1:>13}{100 * r['pass@k']:>8.1f}"
     failures = f"{r['truncated']:>11.1%}{r['timeouts']:>10}{r['long_prompts']:>10}"
     return f"{quality}{r['mean_tokens']:>8.0f}{failures}"
-
-
-def compare(path_a: str, path_b: str) -> list[str]:
-    """Lines of a table: Pass@1 of two results.json, and B - A with a 95% paired bootstrap interval.
-    ValueError, one sentence, where the two do not answer the same problems under the same settings."""
-    try:
-        a, b = (json.loads(Path(path).read_text(encoding="utf-8")) for path in (path_a, path_b))
-        alike = ("benchmarks", "max_new_tokens", "temperature", "top_p")
-        settings = [{name: x["settings"][name] for name in alike} for x in (a, b)]
-        scores = [{name: result["per_problem"] for name, result in x["results"].items()} for x in (a, b)]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        needed = "both must be a results.json of eval.py"
-        raise ValueError(f"cannot compare {path_a} with {path_b} ({error!r}); {needed}") from error
-    if settings[0] != settings[1]:
-        found = f"{path_a} and {path_b} are of {settings[0]} and of {settings[1]}"
-        raise ValueError(f"{found}; evaluate both alike to compare them")
-    pairs = {name: np.array([scores[0][name], scores[1][name]]) for name in scores[0]}
-    lines = [f"{'benchmark':<18}{'A':>7}{'B':>7}{'B - A':>8}   95% interval"]
-    rows = {name: [pair] for name, pair in pairs.items()} | {"average": list(pairs.values())}
-    for name, chosen in rows.items():
-        mean_a, mean_b = 100 * np.mean([pair.mean(axis=1) for pair in chosen], axis=0)
-        low, high = bootstrap([b - a for a, b in chosen])
-        interval = f"[{100 * low:+.1f}, {100 * high:+.1f}]"
-        lines.append(f"{name:<18}{mean_a:>7.1f}{mean_b:>7.1f}{mean_b - mean_a:>+8.1f}   {interval}")
-    return lines
-
-
-def bootstrap(differences: list, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean difference over benchmarks; problems are drawn anew within each."""
-    rng = np.random.default_rng(seed)
-    resample = lambda d: d[rng.integers(len(d), size=len(d))]
-    means = [np.mean([resample(d).mean() for d in differences]) for _ in range(resamples)]
-    return tuple(np.percentile(means, [2.5, 97.5]))

@@ -1,12 +1,13 @@
 """Two results compared: the table, what is refused, and the width of the bootstrap interval."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from plumbing.evaluations import bootstrap, compare
+from experiments.compare_evaluations import bootstrap, compare, main
 
 
 def results(path: Path, per_problem: dict[str, list[float]], **settings) -> str:
@@ -33,6 +34,18 @@ def test_compare(tmp_path):
     (tmp_path / "d.json").write_text("[]")
     with pytest.raises(ValueError, match="must be a results.json"):
         compare(a, str(tmp_path / "d.json"))
+
+
+def test_main_prints_the_table_or_one_sentence(tmp_path, monkeypatch, capsys):
+    a = results(tmp_path / "a.json", {"m": [0, 1]})
+    monkeypatch.setattr(sys, "argv", ["compare_evaluations.py", a, a])
+    main()
+    assert capsys.readouterr().out.splitlines() == compare(a, a)
+    monkeypatch.setattr(sys, "argv", ["compare_evaluations.py", a, "b.json"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code.startswith(f"error: cannot compare {a} with b.json (FileNotFoundError")
+    assert "\n" not in caught.value.code
 
 
 def test_the_bootstrap_interval_has_its_width():
