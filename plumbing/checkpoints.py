@@ -195,10 +195,9 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def cut_log(path: Path, n_lines: int) -> None:
-    """Drop what a stopped run logged after its checkpoint, be it whole lines or not."""
+    """Drop what follows the first n_lines of a file: written after a checkpoint, be it whole lines or not."""
     if path.exists():
-        kept = path.read_bytes().splitlines(keepends=True)[:n_lines]
-        os.truncate(path, sum(map(len, kept)))
+        os.truncate(path, sum(map(len, whole_lines(path)[:n_lines])))
 
 
 def restore(learner, checkpoint: Path, state: dict) -> None:

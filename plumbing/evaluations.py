@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from plumbing.checkpoints import append, digest, whole_lines
+from plumbing.checkpoints import append, cut_log, digest, whole_lines
+from plumbing.settings import refuse_if
 
 HEADER = "benchmark          problems   K       Pass@1  Pass@K  tokens  truncated  timeouts  too long"
 
@@ -23,14 +23,10 @@ class SampleFile:
     def open(self, n_samples: int) -> list[dict]:
         """What the file holds; an interrupted chunk is cut off. ValueError for more than n_samples."""
         lines = whole_lines(self.path)
-        if len(lines) > n_samples:
-            remedy = "mend it, or use another --output_dir"
-            raise ValueError(
-                f"{self.path} has {len(lines)} samples, the evaluation only {n_samples}: {remedy}"
-            )
+        found = f"{self.path} has {len(lines)} samples, the evaluation only {n_samples}"
+        refuse_if(len(lines) > n_samples, f"{found}: mend it, or use another --output_dir")
         lines = lines if len(lines) == n_samples else lines[: len(lines) // self.chunk * self.chunk]
-        if self.path.exists():
-            os.truncate(self.path, sum(map(len, lines)))
+        cut_log(self.path, len(lines))
         self.n_rows = len(lines)
         self.bar = tqdm(total=n_samples, initial=self.n_rows, desc=self.path.stem, unit="sample")
         if self.n_rows == n_samples:
