@@ -34,7 +34,7 @@ from plumbing.learner import NonFiniteUpdates, make_learner
 from plumbing.logs import Progress, ProgressBar
 from plumbing.memory_plan import report as memory_plan
 from plumbing.models import load_tokenizer
-from plumbing.problems import Stream, load_data
+from plumbing.problems import load_data, stream
 from plumbing.processes import any_process, fork_rng, once, rank, world_size
 from plumbing.settings import MAY_CHANGE, MachineConfig, RunStopped, absolute, one_sentence, parse
 
@@ -149,7 +149,7 @@ class Ready:
 
     trainer: AttnRL
     tokenizer: object
-    stream: Stream  # of training problems
+    train_problems: list[dict]
     test_problems: dict[str, list[dict]]  # by file
     progress: Progress
     log: logs.Log
@@ -181,7 +181,7 @@ def get_ready(run: RunConfig, method: MethodConfig) -> Ready | None:
     # The engine starts from `run.model`: verify_sync also pushes the weights of a checkpoint.
     verify_sync(trainer.engine.own, trainer.learner, few, method.max_engine_gap, n_tokens)
     log = logs.Log(out, state.get("log_lines", {}), run.track)
-    return Ready(trainer, tokenizer, Stream(train_problems, run.seed), test_problems, progress, log)
+    return Ready(trainer, tokenizer, train_problems, test_problems, progress, log)
 
 
 @checkpoints.closing_directories()
@@ -211,7 +211,7 @@ def train(run: RunConfig, method: MethodConfig, stop=lambda: False) -> None:
     while not finished() and not stopping:
         # ---- next problems
         count = 0 if sampling_ended() else trainer.sampler.batch_size
-        rows = ready.stream[progress.position : progress.position + count]
+        rows = stream(ready.train_problems, run.seed, progress.position, progress.position + count)
         new = [Problem(p["problem"], p["answers"], p["prompt_ids"]) for p in rows]
 
         # ---- step

@@ -30,7 +30,7 @@ from attnrl import AttnRL, Problem
 from plumbing import logs
 from plumbing.memory_plan import shape_of
 from plumbing.models import load_tokenizer
-from plumbing.problems import Stream, load_data
+from plumbing.problems import load_data, stream
 from train import build, parse_config
 
 PAIRS = 3  # one call against two, in turns
@@ -106,7 +106,7 @@ def main() -> None:
         remedy = "whose one generation call it compares with two: leave out --off_policy false"
         sys.exit(f"error: bench_step times off-policy steps, {remedy}")
     tokenizer = load_tokenizer(run.model)
-    stream = Stream(load_data(run, cfg, tokenizer)[0], run.seed)
+    problems, _ = load_data(run, cfg, tokenizer)
     trainer, shape = build(run, cfg, tokenizer, None), shape_of(run.model)
     clock = logs.Clock(now)
     time_reference(trainer.learner, clock)
@@ -114,7 +114,7 @@ def main() -> None:
     length = lambda problem, rollout: len(problem.prompt_ids) + len(rollout.ids)
     scored, trained, padding, position, tokens = [], [], [], 0, 0
     for step in range(steps + 1):
-        rows = stream[position : position + trainer.sampler.batch_size]
+        rows = stream(problems, run.seed, position, position + trainer.sampler.batch_size)
         position += len(rows)
         new = [Problem(p["problem"], p["answers"], p["prompt_ids"]) for p in rows]
         before = clock.seconds["time_step"]

@@ -43,7 +43,7 @@ from plumbing.grader import Grader
 from plumbing.learner import Learner
 from plumbing.models import load_model, load_tokenizer, prompt_ids
 from plumbing.nouns import Sequence
-from plumbing.problems import Stream, load_problems
+from plumbing.problems import load_problems, stream
 from plumbing.settings import MachineConfig
 from plumbing.torch_engine import TorchEngine
 from sampler import choose_responses, expansion
@@ -197,7 +197,7 @@ def about(problems: list[Problem]) -> dict:
 
 def pilot(bench: Bench, tokens: int) -> dict:
     """How many problems cost `tokens`, by arm, and the profile of FCI's advantages."""
-    rows = Stream(bench.rows, PILOT)[0:48]
+    rows = stream(bench.rows, PILOT, 0, 48)
     torch.manual_seed(PILOT)
     pool = bench.sample(rows, 6, list(LATER.values()))
     per_problem = {rule: bench.grow(pool, rule, PILOT) for rule in TREES}
@@ -212,7 +212,7 @@ def measure(bench: Bench, setup: dict, b: int, out: Path) -> None:
     """All arms on batch b: a gradient each, and what they cost."""
     torch.manual_seed(b)
     n = setup["problems"]
-    rows = Stream(bench.rows, b)[0:POOL]
+    rows = stream(bench.rows, b, 0, POOL)
     pool = bench.sample(rows[: max(n.values())], 6, list(LATER.values()))
     found, gradients = {}, {}
     for rule in TREES:
@@ -236,7 +236,7 @@ def measure(bench: Bench, setup: dict, b: int, out: Path) -> None:
     gradients[PROFILE], found[PROFILE] = bench.gradient(thirty, weighted), found["GRPO 30"]
 
     torch.manual_seed(REFERENCE + b)
-    reference = bench.sample(Stream(bench.rows, REFERENCE + b)[0 : n["GRPO 30"]], GROUP)
+    reference = bench.sample(stream(bench.rows, REFERENCE + b, 0, n["GRPO 30"]), GROUP)
     gradients["reference"] = bench.gradient(reference, credit(reference, centred))
     np.save(out / f"{b}.npy", np.stack([gradients[name] for name in [*ARMS, "reference"]]))
     (out / f"{b}.json").write_text(json.dumps(found))

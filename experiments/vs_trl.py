@@ -33,7 +33,7 @@ from eval import grade
 from plumbing import logs
 from plumbing.grader import Grader
 from plumbing.models import load_tokenizer
-from plumbing.problems import Stream, load_data
+from plumbing.problems import load_data, stream
 from train import build, parse_config
 
 UPDATES = 2  # per batch of 16 x 6 sequences
@@ -161,7 +161,8 @@ def main() -> None:
     if args.side:
         run, cfg = parse_config([*FLAGS, "--threads", str(args.threads), "--seed", str(args.seed)])
         tokenizer = load_tokenizer(run.model)
-        rows = Stream(load_data(run, cfg, tokenizer)[0], run.seed)[0 : (args.batches + 1) * cfg.batch_size]
+        problems, _ = load_data(run, cfg, tokenizer)
+        rows = stream(problems, run.seed, 0, (args.batches + 1) * cfg.batch_size)
         return print(json.dumps({"ours": ours, "trl": trls}[args.side](run, cfg, rows, tokenizer)))
     pairs = []
     print(f"TRL {trl.__version__}, {args.threads} threads, {args.batches} batches")

@@ -1,6 +1,5 @@
 """Problems with answers, from files or datasets and checked row by row; the order of training."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -107,17 +106,10 @@ def load_data(run, method, tokenizer) -> tuple[list[dict], dict[str, list[dict]]
     return [p for p in train if len(p["prompt_ids"]) <= longest], held_out
 
 
-class Stream:
-    """An endless stream of the problems that visits all of them in a new order in each epoch."""
-
-    def __init__(self, problems: list[dict], seed: int):
-        self.problems, self.seed = problems, seed
-        self.order = functools.lru_cache(maxsize=2)(self._order)  # of an epoch
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.problems))
-
-    def __getitem__(self, place: slice) -> list[dict]:
-        """Problems place.start to place.stop of the stream."""
-        places = (divmod(i, len(self.problems)) for i in range(place.start, place.stop))
-        return [self.problems[self.order(epoch)[index]] for epoch, index in places]
+def stream(problems: list[dict], seed: int, start: int, stop: int) -> list[dict]:
+    """Problems start to stop of an endless stream that visits all of them in a new order in each epoch."""
+    n, found = len(problems), []
+    for epoch in range(start // n, stop // n + 1):
+        order = np.random.default_rng([seed, epoch]).permutation(n)
+        found += [problems[i] for i in order[max(0, start - epoch * n) : stop - epoch * n]]
+    return found

@@ -11,7 +11,7 @@ from test_experiments import printed_by
 
 from experiments.gradient_report import consistency, jackknife
 from experiments.gradients import ARMS, Bench, by_place, centred, credit, once, profile_of
-from plumbing.problems import Stream
+from plumbing.problems import stream
 from tree import RULES, Leaf, group_advantages, tree_advantages
 
 
@@ -27,7 +27,7 @@ def grown():
     """(bench, two problems branched by FCI)."""
     torch.manual_seed(0)
     bench = Bench(str(TINY))
-    pool = bench.sample(Stream(bench.rows, 0)[0:4], 6, ["sum"])
+    pool = bench.sample(stream(bench.rows, 0, 0, 4), 6, ["sum"])
     problems = [p for p in bench.grow(pool, "fci", 0) if p.mixed()][:2]
     assert len(problems) == 2 and all(p.branches for p in problems)
     return bench, problems
@@ -55,7 +55,7 @@ def test_the_gradient_is_that_of_the_sum_of_advantage_times_log_prob(grown):
 
 def test_all_rules_start_from_the_same_responses(grown):
     bench, _ = grown
-    pool = bench.sample(Stream(bench.rows, 0)[0:2], 6, ["sum", "mean", "window"])
+    pool = bench.sample(stream(bench.rows, 0, 0, 2), 6, ["sum", "mean", "window"])
     for rule in ("fci_mean", "late", "oracle", "entropy"):
         for before, after in zip(pool, bench.grow(pool, rule, 0)):
             assert after.rollouts[:6] == before.rollouts and len(before.rollouts) == 6

@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from plumbing.problems import load_problems
+from plumbing.problems import load_problems, stream
 
 
 def test_answers_may_mix_text_numbers_and_lists(tmp_path):
@@ -87,3 +88,15 @@ def test_bad_data_gives_one_clear_sentence(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message) as error:
         load_problems(str(path))
     assert "\n" not in str(error.value)
+
+
+def test_the_stream_visits_every_problem_once_per_epoch_wherever_it_is_cut():
+    """Epoch e is the permutation of the generator that seed and e make: runs of older commits go on alike."""
+    problems = [{"problem": str(i)} for i in range(5)]
+    orders = [np.random.default_rng([3, epoch]).permutation(5) for epoch in range(4)]
+    expected = [problems[i] for order in orders for i in order]
+    assert stream(problems, 3, 0, 20) == expected and len({tuple(order) for order in orders}) == 4
+    for start in range(20):
+        for stop in range(start, 21):
+            assert stream(problems, 3, start, stop) == expected[start:stop]
+    assert stream(problems, 4, 0, 20) != expected
