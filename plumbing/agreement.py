@@ -15,6 +15,7 @@ from plumbing import models
 from plumbing.nouns import Request
 from plumbing.processes import fork_rng
 from plumbing.projection import token_logps
+from plumbing.settings import refuse_if
 
 
 class EngineMismatch(RuntimeError):
@@ -101,18 +102,15 @@ def check_model(model) -> None:
     with torch.no_grad():
         if attention in (fci.ATTENTION, models.ATTENTION):
             model(input_ids=ids, use_cache=False, step_hook=SimpleNamespace(add_layer=see))
-        if not alphas:
-            reason = f"its attention implementation is {attention!r}, which takes no hook"
-            raise ValueError(f"{name} cannot be scored by FCI: {reason}")
+        reason = f"its attention implementation is {attention!r}, which takes no hook"
+        refuse_if(not alphas, f"{name} cannot be scored by FCI: {reason}")
         ours, _ = token_logps(model, [([1], list(range(2, 9)))], temperature=1.0, chunk=1024)
         model.set_attn_implementation("eager")
         eager = model(input_ids=ids, use_cache=False, output_attentions=True)
         model.set_attn_implementation(attention)
     attentions = torch.cat([a for a in eager.attentions if a is not None]).float()  # (layers, H, L, L)
-    if not torch.allclose(torch.cat(alphas), attentions, atol=1e-2):
-        reason = "step attention differs from what output_attentions says"
-        raise ValueError(f"{name} attends in ways that FCI does not see: {reason}")
+    does = "attends in ways that FCI does not see: step attention differs from what output_attentions says"
+    refuse_if(not torch.allclose(torch.cat(alphas), attentions, atol=1e-2), f"{name} {does}")
     expected = eager.logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-    if not torch.allclose(ours, expected, atol=1e-2):
-        does = "soft-caps or scales its logits after the output layer, which token_logps does not do"
-        raise ValueError(f"{name} {does}")
+    does = "soft-caps or scales its logits after the output layer, which token_logps does not do"
+    refuse_if(not torch.allclose(ours, expected, atol=1e-2), f"{name} {does}")

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from plumbing.memory_plan import shape_of
 from plumbing.processes import on_rank_0, rank, union, world_size
-from plumbing.settings import InputError, RunStopped
+from plumbing.settings import InputError, RunStopped, refuse_if
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD = contextlib.ExitStack()  # locks of the directories that this process has opened
@@ -91,14 +91,13 @@ def provenance() -> dict[str, str]:
 
 
 def check_room(out: Path, run) -> None:
-    """Raises InputError unless the disk holds the checkpoints that will exist at once. run: RunConfig."""
+    """Raises ValueError unless the disk holds the checkpoints that will exist at once. run: RunConfig."""
     size = 12 * shape_of(run.model).parameters  # bytes: fp32 weights and two moments of AdamW
     at_once = min(run.keep_checkpoints + 1, math.ceil(run.steps / run.save_every))  # the oldest goes last
     needed, free = (at_once - len(checkpoints(out))) * size, shutil.disk_usage(out).free
-    if free < needed:
-        sizes = f"{needed / 1e9:.3g} GB for checkpoints and has {free / 1e9:.3g} GB"
-        remedy = "make room, lower --keep_checkpoints, or choose another --output_dir"
-        raise InputError(f"{out} needs {sizes}: {remedy}")
+    sizes = f"{needed / 1e9:.3g} GB for checkpoints and has {free / 1e9:.3g} GB"
+    remedy = "make room, lower --keep_checkpoints, or choose another --output_dir"
+    refuse_if(free < needed, f"{out} needs {sizes}: {remedy}")
 
 
 def save_or_stop(out: Path, step: int, *what) -> None:
@@ -186,8 +185,7 @@ def read_state(checkpoint: Path) -> dict:
         name = "digests.json"
         digests = json.loads((checkpoint / name).read_text())
         for name, expected in digests.items():
-            if digest(checkpoint / name) != expected:
-                raise ValueError("it is not what digests.json says was written")
+            refuse_if(digest(checkpoint / name) != expected, "it is not what digests.json says was written")
         return json.loads((checkpoint / "state.json").read_text())
     except (OSError, ValueError) as error:
         remedy = "delete it to resume from the one before, or the whole run to start again"

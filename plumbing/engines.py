@@ -11,7 +11,7 @@ import torch
 from plumbing.models import load_model
 from plumbing.nouns import Request, Response
 from plumbing.processes import rank, shared_out, world_size
-from plumbing.settings import MachineConfig
+from plumbing.settings import MachineConfig, refuse_if
 from plumbing.torch_engine import TorchEngine
 from plumbing.vllm_engine import VLLM_VERSION, VLLMEngine
 
@@ -34,13 +34,11 @@ def resolve_engine(name: str) -> str:
 
 def check_engine(machine: MachineConfig) -> None:
     """Raises ValueError where the settings ask for what this machine does not have."""
-    chosen = resolve_engine(machine.engine)
-    if machine.engine_sleep and not (chosen == "vllm" and torch.cuda.is_available()):
-        reason = "this run has no vLLM on a CUDA device: leave it out"
-        raise ValueError(f"engine_sleep hands vLLM's GPU memory back, and {reason}")
-    if world_size() % machine.tensor_parallel:
-        needed = f"must divide the number of torchrun's processes, here {world_size()}"
-        raise ValueError(f"tensor_parallel={machine.tensor_parallel} {needed}")
+    can_sleep = resolve_engine(machine.engine) == "vllm" and torch.cuda.is_available()
+    reason = "hands vLLM's GPU memory back, and this run has no vLLM on a CUDA device: leave it out"
+    refuse_if(machine.engine_sleep and not can_sleep, f"engine_sleep {reason}")
+    n, needed = machine.tensor_parallel, "must divide the number of torchrun's processes"
+    refuse_if(world_size() % n > 0, f"tensor_parallel={n} {needed}, here {world_size()}")
 
 
 def make_engine(machine, model_name, tokenizer, model=None, *, max_tokens, seed=0, autocast=nullcontext):

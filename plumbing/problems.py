@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from plumbing.models import context_length, prompt_ids
 from plumbing.processes import rank
+from plumbing.settings import refuse_if
 
 BENCHMARKS = {  # the paper's: hub dataset, its columns of problems and answers
     "aime24": ("math-ai/aime24", "problem", "solution"),
@@ -31,9 +32,8 @@ def load_problems(source: str, split="train") -> list[dict]:
         reason = " ".join(str(error).split())
         remedy = "give an intact .jsonl, .json or .parquet file, or name and split of a hub dataset in reach"
         raise ValueError(f"cannot read {source!r}, split {split!r} ({reason}); {remedy}") from error
-    if not isinstance(rows, list) or not rows:
-        needed = f"it needs a list of rows with `{problem}` and `{answer}`"
-        raise ValueError(f"{source} holds no problems; {needed}")
+    needed = f"it needs a list of rows with `{problem}` and `{answer}`"
+    refuse_if(not isinstance(rows, list) or not rows, f"{source} holds no problems; {needed}")
     problems, unusable = [], []
     for i, row in enumerate(rows, 1):
         try:
@@ -81,8 +81,7 @@ def with_prompts(problems: list[dict], name: str, tokenizer, longest: int, conse
     bar = tqdm(problems, desc=name, delay=2, disable=rank() > 0)
     found = [p | {"prompt_ids": prompt_ids(tokenizer, p["problem"])} for p in bar]
     n_long, limit = sum(len(p["prompt_ids"]) > longest for p in found), f"max_prompt_tokens={longest}"
-    if n_long == len(found):
-        raise ValueError(f"no prompt of {name} fits into {limit}: raise it")
+    refuse_if(n_long == len(found), f"no prompt of {name} fits into {limit}: raise it")
     if n_long:
         print(f"{n_long} of {len(found)} prompts of {name} are longer than {limit} and {consequence}")
     return found
@@ -92,14 +91,12 @@ def load_data(run, method, tokenizer) -> tuple[list[dict], dict[str, list[dict]]
     """Training problems whose prompts fit, and all held-out ones by the name of their file. ValueError."""
     longest, context = method.max_prompt_tokens, context_length(run.model)
     needed = longest + method.max_response_tokens
-    if needed > context:
-        has = f"exceeds the model's context of {context} tokens"
-        raise ValueError(f"max_prompt_tokens + max_response_tokens = {needed} {has}: lower one of them")
+    both = f"max_prompt_tokens + max_response_tokens = {needed}"
+    refuse_if(needed > context, f"{both} exceeds the model's context of {context} tokens: lower one of them")
     train, held_out = load_problems(run.train_data), {}
     for source in run.test_data:
         name = Path(source).stem
-        if name in held_out:
-            raise ValueError(f"test_data has two data sets called {name!r}: rename one")
+        refuse_if(name in held_out, f"test_data has two data sets called {name!r}: rename one")
         rows = load_problems(source, "test")[: run.eval_problems or None]
         held_out[name] = with_prompts(rows, name, tokenizer, longest, "count as wrong")
     train = with_prompts(train, "train_data", tokenizer, longest, "are left out")
