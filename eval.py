@@ -93,7 +93,7 @@ def evaluate(engine, tokenizer, problems, *, samples, budget, temperature, top_p
         fresh = [{"problem": i, "sample": k, "verdict": "long prompt"} for i, k in chunk]
         sampled = [row for row in fresh if budgets[row["problem"]] > 0]
         if file:
-            file.seed_next_chunk()
+            file.seed_chunk(len(rows))
         requests = [Request(prompts[row["problem"]], budgets[row["problem"]]) for row in sampled]
         responses = engine.generate(requests, temperature=temperature, top_p=top_p) if requests else []
         texts = [tokenizer.decode(r.ids, skip_special_tokens=False) for r in responses]  # keeps `</think>`

@@ -18,7 +18,6 @@ class SampleFile:
 
     def __init__(self, path: Path, chunk: int, seed: int = 0):
         self.path, self.chunk, self.seed = path, chunk, seed
-        self.n_rows, self.bar = 0, None
 
     def open(self, n_samples: int) -> list[dict]:
         """What the file holds; an interrupted chunk is cut off. ValueError for more than n_samples."""
@@ -27,23 +26,21 @@ class SampleFile:
         refuse_if(len(lines) > n_samples, f"{found}: mend it, or use another --output_dir")
         lines = lines if len(lines) == n_samples else lines[: len(lines) // self.chunk * self.chunk]
         cut_log(self.path, len(lines))
-        self.n_rows = len(lines)
-        self.bar = tqdm(total=n_samples, initial=self.n_rows, desc=self.path.stem, unit="sample")
-        if self.n_rows == n_samples:
+        self.bar = tqdm(total=n_samples, initial=len(lines), desc=self.path.stem, unit="sample")
+        if len(lines) == n_samples:
             self.bar.close()
         return [json.loads(line) for line in lines]
 
-    def seed_next_chunk(self) -> None:
-        """Random numbers that depend on nothing but the seed, the file's name and the chunk's place."""
-        place = hashlib.sha256(f"{self.seed} {self.path.stem} {self.n_rows}".encode()).digest()
+    def seed_chunk(self, n_before: int) -> None:
+        """Random numbers that depend on nothing but the seed, the file's name and the samples before."""
+        place = hashlib.sha256(f"{self.seed} {self.path.stem} {n_before}".encode()).digest()
         torch.manual_seed(int.from_bytes(place[:8], "big"))
 
     def add(self, rows: list[dict]) -> None:
         """Append a chunk, and force it onto the disk."""
         append(self.path, *rows)
-        self.n_rows += len(rows)
         self.bar.update(len(rows))
-        if self.n_rows == self.bar.total:
+        if self.bar.n == self.bar.total:
             self.bar.close()  # before the table's next row is printed
 
 
