@@ -6,7 +6,7 @@ checkpoint is that of a run of one process. With a single process everything her
 
 import os
 import sys
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -62,10 +62,9 @@ def union(own: dict) -> dict:
 
 def total(own: dict[str, float]) -> dict[str, float]:
     """Sums, name by name, over the dictionaries of all processes; one without a name counts as 0."""
-    sums: dict[str, float] = defaultdict(float)
+    sums: Counter[str] = Counter()  # whose update adds
     for part in union({rank(): own}).values():
-        for name, value in part.items():
-            sums[name] += value
+        sums.update(part)
     return dict(sums)
 
 

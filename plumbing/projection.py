@@ -6,15 +6,14 @@ Logits of all tokens would be the largest tensor of training by far (8,192 token
 import functools
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 
 def collate(rows: list[list[int]], padding: int, device) -> torch.Tensor:
     """Right-padded (B, L) long tensor. Causal attention needs no mask for padding on the right."""
-    ids = torch.full((len(rows), max(map(len, rows))), padding)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-    return ids.to(device)
+    tensors = [torch.tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=padding).to(device)
 
 
 def token_logps(model, batch, temperature: float, chunk: int, step_hook=None, with_entropy: bool = False):
