@@ -143,7 +143,7 @@ def main() -> None:
     print(f"trained: {len(trained) / training:,.1f} sequences/s, {wasted}")
     print("share of the step: " + ", ".join(f"{name} {times[name] / times['step']:.1%}" for name in PARTS))
 
-    peak = matmul_peak(learner.model.device, learner.autocast_dtype or torch.float32)
+    peak = matmul_peak(learner.model.device, learner.autocast_dtype)
     passes = 4 if run.gradient_checkpointing else 3  # of the cost of a forward pass each
     flops = {"update": passes * forward_flops(shape, trained), "score": forward_flops(shape, scored)}
     for name in flops:

@@ -231,7 +231,7 @@ def main() -> None:
     jobs = [cut for cut in cuts for _ in range(args.samples)]
     rewards = np.zeros((len(jobs), 2))  # control, disrupted
     lengths = [len(cut.prompt_ids + cut.prefix) + args.max_new_tokens for cut in jobs]
-    for rows in tqdm(pack(lengths, args.batch_tokens), desc="continuations", delay=2):
+    for rows in tqdm(pack(range(len(lengths)), lengths, args.batch_tokens), desc="continuations", delay=2):
         batch = [jobs[row] for row in rows]
         prefixes = [cut.prompt_ids + cut.prefix for cut in batch]
         for column, spans in enumerate(([None for _ in batch], [cut.span for cut in batch])):

@@ -117,7 +117,7 @@ def make_learner(s: Setting, trains: bool = False, **knobs) -> Learner:
             raise Skipped(f"needs {needed / 1e9:.0f} GB, and {free / 1e9:.0f} are free")
     model = make_model(s)
     if trains:
-        reference = make_model(s).to(autocast_dtype(run) or torch.float32).requires_grad_(False)
+        reference = make_model(s).to(autocast_dtype(run)).requires_grad_(False)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW(model.parameters(), run.lr, weight_decay=run.weight_decay, fused=ON_GPU)
     return Learner(model, reference, optimizer, run)
@@ -249,7 +249,7 @@ def check_bf16(s: Setting):
 
     learner = make_learner(s, microbatch_tokens=s.lengths[1])  # fp32 may take kernels that need more memory
     batch, scores = [make_sequence(s, s.lengths[1]) for _ in range(8)], []
-    for dtype in (None, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16):
         learner.autocast_dtype = dtype
         scores.append(learner.score(batch, with_entropy=True))
     pairs = list(zip(*scores))  # of each sequence, (in fp32, in bf16)
@@ -265,7 +265,7 @@ def check_bf16(s: Setting):
 def check_speed(s: Setting):
     learner, clock = make_learner(s, trains=True), logs.Clock(now)
     time_reference(learner, clock)
-    peak = matmul_peak(DEVICE, learner.autocast_dtype or torch.float32, 512 if s.small else 8192)
+    peak = matmul_peak(DEVICE, learner.autocast_dtype, 512 if s.small else 8192)
     lengths = torch.randint(s.longest // 4, s.longest * 8 // 9, (12,)).tolist()
     batch = [make_sequence(s, length) for length in lengths]
     update = make_update(s, learner, batch)

@@ -7,7 +7,7 @@ not finite. The gradient does not depend on how a minibatch is packed."""
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -35,13 +35,13 @@ class Pass:
     counts: bool = True  # False: it only keeps other processes company, which gather sharded weights together
 
 
-def pack(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices in batches of similar length: rows x longest <= budget, one row at least.
+def pack(own: Iterable[int], lengths: list[int], budget: int) -> list[list[int]]:
+    """Some indices of lengths in batches of similar length: rows x longest <= budget, one row at least.
 
-    >>> pack([3, 9, 4, 8], budget=18)
+    >>> pack([0, 1, 2, 3], lengths=[3, 9, 4, 8], budget=18)
     [[1, 3], [2, 0]]
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    order = sorted(own, key=lambda i: -lengths[i])
     batches = []
     while order:
         rows = max(1, budget // lengths[order[0]])
@@ -52,9 +52,7 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
 
 def passes(lengths: list[int], budget: int) -> list[Pass]:
     """This process's forward passes over sequences of these lengths; all processes make equally many."""
-    batches = []
-    for own in shares(lengths, world_size()):
-        batches.append([[own[i] for i in rows] for rows in pack([lengths[i] for i in own], budget)])
+    batches = [pack(own, lengths, budget) for own in shares(lengths, world_size())]
     missing = max(map(len, batches)) - len(batches[rank()])
     idle = Pass([lengths.index(min(lengths))], counts=False) if lengths else None
     return [*(Pass(rows) for rows in batches[rank()]), *[idle] * missing]
@@ -75,10 +73,10 @@ def shard(model) -> None:
     register_fsdp_forward_method(model, "response_logps")
 
 
-def autocast_dtype(machine: MachineConfig) -> torch.dtype | None:
-    """dtype of forward passes; None for that of the weights."""
+def autocast_dtype(machine: MachineConfig) -> torch.dtype:
+    """dtype of forward passes; float32 is that of the weights."""
     wanted = machine.autocast == "bfloat16" or (machine.autocast == "auto" and torch.cuda.is_available())
-    return torch.bfloat16 if wanted else None
+    return torch.bfloat16 if wanted else torch.float32
 
 
 class Learner:
@@ -96,8 +94,8 @@ class Learner:
 
     def autocast(self):
         """The context of all forward passes."""
-        wanted = self.autocast_dtype is not None
-        return torch.autocast(self.model.device.type, self.autocast_dtype, enabled=wanted)
+        dtype = self.autocast_dtype
+        return torch.autocast(self.model.device.type, dtype, enabled=dtype != torch.float32)
 
     def logps(self, model, batch: list[Sequence], step_hook=None, with_entropy: bool = False):
         """`token_logps` of a batch of sequences."""
@@ -158,7 +156,8 @@ class Learner:
                     with torch.no_grad():
                         ref_logps, _ = self.logps(self.reference, batch)
                 logps, _ = self.logps(self.model, batch)
-            losses, logged = loss(logps, ref_logps, **self._per_token(batch))
+            per_token = {name: self._flat([s.per_token[name] for s in batch]) for name in batch[0].per_token}
+            losses, logged = loss(logps, ref_logps, **per_token)
             divisor = self._flat([[divisors[row]] * len(sequences[row].response_ids) for row in forward.rows])
             weight = world_size() if forward.counts else 0  # FSDP averages gradients; they are to be summed
             (weight * (losses / divisor).sum()).backward()
@@ -171,9 +170,6 @@ class Learner:
                 sums[name] += values.sum().item()
         return sums
 
-    def _per_token(self, batch: list[Sequence]) -> dict[str, torch.Tensor]:
-        return {name: self._flat([s.per_token[name] for s in batch]) for name in batch[0].per_token}
-
     def _flat(self, rows: list[list[float]]) -> torch.Tensor:
         return torch.tensor([x for row in rows for x in row], dtype=torch.float32, device=self.model.device)
 
@@ -182,7 +178,7 @@ def make_learner(run, method, weights: str) -> Learner:
     """Model, frozen reference and AdamW, of RunConfig and MethodConfig. weights: directory or hub name."""
     model, reference = load_model(weights), None
     if method.kl_coef:
-        reference = load_model(run.model, autocast_dtype(run) or torch.float32).requires_grad_(False)
+        reference = load_model(run.model, autocast_dtype(run)).requires_grad_(False)
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for each in filter(None, (model, reference)):

@@ -31,7 +31,7 @@ from plumbing.projection import token_logps
 def test_pack_covers_everything_once_within_the_budget():
     lengths = [3 + n for n in (5, 1, 9, 9, 2, 30, 4)]
     for budget in (1, 12, 40, 1000):
-        batches = pack(lengths, budget)
+        batches = pack(range(len(lengths)), lengths, budget)
         assert sorted(i for rows in batches for i in rows) == list(range(7))
         for rows in batches:
             assert len(rows) == 1 or len(rows) * max(lengths[i] for i in rows) <= budget
@@ -48,7 +48,7 @@ def test_all_ranks_make_equally_many_passes_and_every_sequence_counts_once(monke
     counted = [i for forwards in of_rank for forward in forwards if forward.counts for i in forward.rows]
     assert sorted(counted) == list(range(n_sequences))
     as_rank(monkeypatch, learner_module, 0, 1)
-    assert [forward.rows for forward in passes(lengths, 60)] == pack(lengths, 60)
+    assert [forward.rows for forward in passes(lengths, 60)] == pack(range(len(lengths)), lengths, 60)
 
 
 def test_nothing_to_do_is_no_pass(monkeypatch):
