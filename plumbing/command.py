@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from pathlib import Path
 
 import torch
@@ -22,7 +21,6 @@ def run_command(parse_config, train) -> None:
     """Run train(*parse_config(flags), stop); stop() tells of SIGTERM, a second one kills the process."""
     if torch.distributed.is_torchelastic_launched():
         join_processes()
-    warnings.filterwarnings("ignore", message=".*use_reentrant.*")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     told = threading.Event()
