@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from plumbing.settings import InputError
+from plumbing.models import loading
+from plumbing.settings import one_sentence
 
 FP32, BF16 = 4, 2  # bytes per number
 TORCH_BATCH_TOKENS = 32768  # TorchEngine's batch_tokens
@@ -107,13 +108,10 @@ def casts(linear: int, autocast: bool) -> int:
 
 def shape_of(model: str) -> Shape:
     """From a directory or hub name with a config.json. Raises InputError."""
-    try:
+    with one_sentence(), loading("the config.json of a causal language model", model):
         config = AutoConfig.from_pretrained(model)
         with torch.device("meta"):
             net = AutoModelForCausalLM.from_config(config)
-    except Exception as error:
-        needed = f"the config.json of a causal language model in {model!r}"
-        raise InputError(f"no plan without {needed} ({type(error).__name__})") from None
     text = config.get_text_config()
     linear = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Linear))
     heads, layers, head = text.num_attention_heads, text.num_hidden_layers, net.get_output_embeddings()

@@ -1,5 +1,6 @@
 """Tokenizer, model, context length and prompt of a local directory or a hub name."""
 
+import contextlib
 import math
 import os
 
@@ -15,16 +16,14 @@ PROMPT = "{problem} Let's think step by step and output the final answer within 
 ATTENTION = "sdpa_with_step_hook_and_shared_cache"  # the name under which transformers knows `attention`
 
 
-def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """fci.py's attention; where one token is generated, heads that share a key are rows of one attention.
     transformers would copy the cache for each of them: on a CPU, generation took 1.8 times as long."""
     batch, heads, n_queries, _ = query.shape
     if n_queries > 1 or key.shape[1] == heads:
-        kwargs["dropout"] = dropout
         return fci.attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], -1)
-    how = dict(attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
-    output = F.scaled_dot_product_attention(grouped, key, value, **how)
+    output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
     return output.reshape(batch, 1, heads, -1), None
 
 
@@ -33,13 +32,23 @@ AttentionInterface.register(ATTENTION, attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
+@contextlib.contextmanager
+def loading(what: str, model: str):
+    """Turns what transformers raises, of many kinds and some pages long, into ValueError in one sentence."""
+    try:
+        yield
+    except Exception as error:
+        kind, reason = type(error).__name__, "no such directory, and no such model on the hub within reach"
+        if os.path.isdir(model):
+            reason = "the directory needs the files that save_pretrained writes"
+        raise ValueError(f"cannot load {what} from {model!r} ({kind}): {reason}") from None
+
+
 def load_tokenizer(model: str):
     """Fast tokenizer with a chat template, of a directory or hub name. ValueError in one sentence."""
-    try:
+    with loading("the tokenizer", model):
         # Not AutoTokenizer: for some types of models it does not do what tokenizer.json says.
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
-    except Exception as error:  # transformers raises many kinds, some pages long
-        raise ValueError(_cannot_load("tokenizer", model, error)) from None
     if not tokenizer.chat_template:
         needed = "the prompt needs one, as instruction-tuned models have"
         raise ValueError(f"the tokenizer of {model!r} has no chat template: {needed}")
@@ -48,10 +57,8 @@ def load_tokenizer(model: str):
 
 def load_model(model: str, dtype: torch.dtype = torch.float32):
     """Causal language model that FCI can look into, on the GPU if there is one. ValueError if it cannot."""
-    try:
+    with loading("the model", model):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    except Exception as error:
-        raise ValueError(_cannot_load("model", model, error)) from None
     loaded.set_attn_implementation(ATTENTION)  # or it keeps its own, and `check_model` refuses to train it
     loaded.generation_config.do_sample = True  # or transformers would not save a model with a temperature
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -59,24 +66,13 @@ def load_model(model: str, dtype: torch.dtype = torch.float32):
 
 def context_length(model: str) -> float:
     """Positions that a model was made for; infinite if its configuration does not say."""
-    try:
+    with loading("the configuration", model):
         return positions(AutoConfig.from_pretrained(model))
-    except Exception as error:
-        raise ValueError(_cannot_load("configuration", model, error)) from None
 
 
 def positions(config) -> float:
     """The same of a model's configuration."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
-
-
-def _cannot_load(what: str, model: str, error: Exception) -> str:
-    kind = type(error).__name__
-    if os.path.isdir(model):
-        needed = "it needs the files that save_pretrained writes"
-        return f"the directory {model!r} holds no {what} that loads ({kind}): {needed}"
-    found = "no such directory, and no such model on the hub within reach"
-    return f"cannot load the {what} of {model!r} ({kind}): {found}"
 
 
 def prompt_ids(tokenizer, problem: str) -> list[int]:

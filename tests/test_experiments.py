@@ -127,7 +127,7 @@ BAD_INPUT = [  # flags, message
     (["--text", "-"], "empty"),
     (["--problem", "x", "--out", "a.pdf"], "in .png or .html"),
     (["--problem", "x", "--out", "nowhere/a.png"], "in a folder that exists"),
-    (["--problem", "x", "--model", "tests"], "error: the directory 'tests' holds no tokenizer that loads"),
+    (["--problem", "x", "--model", "tests"], "error: cannot load the tokenizer from 'tests'"),
     (["--problem", "a=1 " * 600], "shorten the problem"),
 ]
 

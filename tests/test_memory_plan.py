@@ -294,5 +294,5 @@ def test_plan_of_the_papers_model(tmp_path, capsys):
 
 def test_a_plan_without_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no such"}))
-    with pytest.raises(InputError, match="no plan without the config.json"):
+    with pytest.raises(InputError, match="cannot load the config.json of a causal language model"):
         train.train(*train.parse_config(["--model", str(tmp_path), "--plan"]))
