@@ -101,10 +101,14 @@ def percent(values: list[float], sign: str = "") -> str:
     return f"{100 * mean:{sign}.1f}" + (f" ± {100 * half:.1f}" if len(values) > 1 else "")
 
 
+def fewest_updates(runs: dict[str, list[dict]]) -> int:
+    """Updates that every run has made."""
+    return min(run["updates"][-1] for own in runs.values() for run in own)
+
+
 def outcomes(runs: dict[str, list[dict]]) -> str:
     """What each row reached. runs: of one world, by row."""
-    every = [run for own in runs.values() for run in own]
-    n_updates, budget = min(run["updates"][-1] for run in every), every[0]["token_budget"]
+    n_updates, budget = fewest_updates(runs), next(iter(runs.values()))[0]["token_budget"]
     title = ["row", "seeds", f"Pass@1 after {budget:,} tokens", "mean over the run", "Pass@4"]
     rows = [[*title, f"Pass@1 after {n_updates} updates", "updates", "problems"]]
     for name, own in runs.items():
@@ -134,28 +138,35 @@ def why(runs: dict[str, list[dict]]) -> str:
 
 
 def differences(runs: dict[str, list[dict]], reference: str) -> str:
-    """Each row against another, paired by seed. The family of Holm's correction is the whole table."""
+    """Each row against another, paired by seed, in points: difference ± half of its interval (p; detectable
+    difference). Holm's correction is over the whole table."""
+    n_updates = fewest_updates(runs)
+    measures = {
+        "at the end": at_end,
+        "mean over the run": area,
+        f"after {n_updates} updates": lambda run: float(read_off(run, n_updates, "updates")),
+    }
     of_seed = {name: {r["seed"]: r for r in own} for name, own in runs.items()}
     found, base = {}, of_seed[reference]
     for name in runs.keys() - {reference}:
         seeds = sorted(of_seed[name].keys() & base.keys())
-        for measure in (at_end, area):
-            found[name, measure] = [measure(of_seed[name][s]) - measure(base[s]) for s in seeds]
+        for title, measure in measures.items():
+            found[name, title] = [measure(of_seed[name][s]) - measure(base[s]) for s in seeds]
     tested = [key for key, values in found.items() if len(values) > 1]
     p = dict(zip(tested, holm([p_value(found[key]) for key in tested])))
-    titles = ["difference at the end", "p (Holm)", "detectable"]
-    titles += ["difference of the mean over the run", "p (Holm)"]
-    rows = [[f"row, against {reference}", "seeds", *titles, "detectable"]]
+
+    def cell(key: tuple[str, str]) -> str:
+        text = percent(found[key], "+")
+        if key not in p:
+            return text
+        shown = "p < 0.001" if p[key] < 0.001 else f"p = {p[key]:.3f}"
+        return f"{text} ({shown}; {100 * detectable(found[key]):.1f})"
+
+    rows = [[f"row, against {reference}", "seeds", *measures]]
     for name in runs:
-        cells = []
-        for key in [(name, at_end), (name, area)]:
-            if key in p:
-                shown = "< 0.001" if p[key] < 0.001 else f"{p[key]:.3f}"
-                cells += [percent(found[key], "+"), shown, f"{100 * detectable(found[key]):.1f}"]
-            elif found.get(key):
-                cells += [percent(found[key], "+"), "–", "–"]
-        if cells:
-            rows.append([name, str(len(found[name, area])), *cells])
+        if found.get((name, "at the end")):
+            cells = [cell((name, title)) for title in measures]
+            rows.append([name, str(len(found[name, "at the end"])), *cells])
     return table(*rows)
 
 

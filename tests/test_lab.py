@@ -110,7 +110,7 @@ def test_report_of_incomplete_results(tmp_path):
     against = next(i for i, line in enumerate(lines) if "against random" in line)
     paired = [line for line in lines[against:] if line.startswith("| FCI | 2 | +17.5 ±")]
     assert len(paired) == 1  # 10 and 25 points
-    assert "| GRPO 30 | 1 | +10.0 | – | – | +7.5 | – | – |" in lines[against:]
+    assert "| GRPO 30 | 1 | +10.0 | +7.5 | +10.0 |" in lines[against:]
     assert "World: hard" in lines
 
 
