@@ -125,7 +125,8 @@ def save_checkpoint(out: Path, step: int, learner, tokenizer, state: dict, keep:
     shutil.rmtree(aside, ignore_errors=True)
     learner.model.save_pretrained(aside, state_dict=weights)
     tokenizer.save_pretrained(aside)
-    torch.save({"optimizer": optimizer, "rng": rngs}, aside / "optimizer.pt")
+    saved = {"optimizer": optimizer, "rng": rngs, "layout": layout(learner)}
+    torch.save(saved, aside / "optimizer.pt")
     state = state | {"step": step, "skipped_in_a_row": learner.skipped_in_a_row}
     (aside / "state.json").write_text(json.dumps(state))
     (aside / "digests.json").write_text(json.dumps({p.name: digest(p) for p in aside.iterdir()}))
@@ -136,6 +137,11 @@ def save_checkpoint(out: Path, step: int, learner, tokenizer, state: dict, keep:
     sync(out)  # only now the rename survives a power cut, and older checkpoints may go
     for old in checkpoints(out)[:-keep]:
         shutil.rmtree(old)
+
+
+def layout(learner) -> str:
+    """How processes share the sampling, and so which of them draw the same random numbers."""
+    return f"{world_size()} processes, {learner.machine.tensor_parallel} per engine"
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -209,9 +215,9 @@ def restore(learner, checkpoint: Path, state: dict) -> None:
                 moments[name] = distribute_tensor(whole, mesh, placed, src_data_rank=None)
     learner.optimizer.load_state_dict(saved["optimizer"])
     learner.skipped_in_a_row = state["skipped_in_a_row"]
-    if len(saved["rng"]) != world_size():
-        counts = f"{len(saved['rng'])} processes, and there are {world_size()}"
-        print(f"{checkpoint} was written by {counts}: sampling goes on with new seeds")
+    if saved["layout"] != layout(learner):
+        found = f"was written by {saved['layout']}, and there are {layout(learner)}"
+        print(f"{checkpoint} {found}: sampling goes on with new seeds")
         torch.manual_seed(torch.initial_seed() + 1000 * state["step"])
         return
     rng = saved["rng"][rank()]

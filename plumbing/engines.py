@@ -10,7 +10,7 @@ import torch
 
 from plumbing.models import load_model
 from plumbing.nouns import Request, Response
-from plumbing.processes import rank, shared_out, world_size
+from plumbing.processes import any_process, rank, shared_out, world_size
 from plumbing.settings import MachineConfig, refuse_if
 from plumbing.torch_engine import TorchEngine
 from plumbing.vllm_engine import VLLM_VERSION, VLLMEngine
@@ -62,8 +62,14 @@ class SharedEngine:
 
     def __init__(self, own, tensor_parallel: int = 1):
         self.own, self.tensor_parallel = own, tensor_parallel
-        self.load, self.sleep, self.close = own.load, own.sleep, own.close
+        self.load, self.sleep = own.load, own.sleep
 
     def generate(self, requests: list[Request], temperature=1.0, top_p=1.0) -> list[Response]:
         generate = partial(self.own.generate, temperature=temperature, top_p=top_p)
         return shared_out(requests, [r.max_new_tokens for r in requests], generate, self.tensor_parallel)
+
+    def close(self) -> None:
+        """Close them once all processes are here: rank 0 may still write a checkpoint, and the first process
+        that ends lets torchrun stop the others."""
+        any_process(False)
+        self.own.close()

@@ -2,15 +2,17 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-from plumbing.processes import shared_out
+from plumbing.processes import shared_out, total
 from plumbing.symbolic import CHECKER, WORKERS
 
 
 class Grader:
-    """rule(response text, answers) -> bool grades one response, as `eval.grade` does, in any thread."""
+    """rule(response text, answers) -> bool grades one response, as `eval.grade` does, in any thread.
+
+    timeouts: symbolic comparisons that all processes have given up so far."""
 
     def __init__(self, rule):
-        self.rule = rule
+        self.rule, self.timeouts = rule, 0
 
     def grade(self, texts: list[str], answers: list[list[str]]) -> list[bool]:
         """Whether each response text is right; `answers` holds the accepted answers of each."""
@@ -19,9 +21,7 @@ class Grader:
             with ThreadPoolExecutor(WORKERS) as pool:
                 return [bool(right) for right in pool.map(self.rule, *zip(*own))] if own else []
 
-        return shared_out(list(zip(texts, answers)), [1] * len(texts), grade)
-
-    @property
-    def timeouts(self) -> int:
-        """Symbolic comparisons that this process has given up so far."""
-        return CHECKER.timeouts
+        before = CHECKER.timeouts
+        verdicts = shared_out(list(zip(texts, answers)), [1] * len(texts), grade)
+        self.timeouts += total({"timeouts": CHECKER.timeouts - before})["timeouts"]
+        return verdicts

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from plumbing.problems import load_problems
 from plumbing.processes import full_weights, rank, whole, world_size
 from plumbing.projection import token_logps
 from plumbing.settings import MachineConfig
+from plumbing.symbolic import CHECKER
 from plumbing.torch_engine import TorchEngine
 
 
@@ -176,6 +178,18 @@ def test_two_processes_reach_the_weights_of_one(two_processes):
 
 
 @pytest.mark.slow
+def test_engines_close_once_all_processes_are_there(two_processes):
+    """Rank 0 was late, as when it still writes a checkpoint; what rank 1 saw when its engine closed."""
+    assert json.loads((two_processes / "metrics-1.json").read_text())["rank_0_was_done"]
+
+
+@pytest.mark.slow
+def test_timeouts_of_the_grader_are_of_all_processes(two_processes):
+    given_up = [json.loads((two_processes / f"metrics-{r}.json").read_text())["given_up"] for r in range(2)]
+    assert given_up == [7, 7]
+
+
+@pytest.mark.slow
 def test_tied_embeddings_can_be_sharded(two_processes):
     found = load_file(two_processes / "tied.safetensors")
     for name, gradient in tied_gradients().items():
@@ -244,12 +258,24 @@ def test_one_process_resumes_what_two_began(tmp_path, uninterrupted):
     shutil.copytree(uninterrupted, out)
     flags = ["--output_dir", out, "--steps", "4", "--threads", "1"]
     done = finish([sys.executable, ROOT / "train.py", *SHORT, *flags])
-    assert "written by 2 processes, and there are 1" in done.stdout
+    assert "written by 2 processes, 1 per engine, and there are 1 processes" in done.stdout
     assert records(out)[: len(records(uninterrupted))] == records(uninterrupted)
     assert records(out)[-1]["step"] == 4
     saved = torch.load(out / "checkpoint-4/optimizer.pt", weights_only=True)["optimizer"]["state"]
     # the optimiser went on, too
     assert {int(s["step"]) for s in saved.values()} == {records(out)[-1]["total_updates"]}
+
+
+@pytest.mark.slow
+def test_other_engines_draw_anew(tmp_path, uninterrupted):
+    """Two processes that each had an engine hold one together, and from then on draw alike."""
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted, out)
+    flags = [*SHORT, "--output_dir", out, "--steps", 4, "--tensor_parallel", 2]
+    done = finish(torchrun(ROOT / "train.py", *flags))
+    assert "2 processes, 1 per engine, and there are 2 processes, 2 per engine" in done.stdout
+    saved = torch.load(out / "checkpoint-4/optimizer.pt", weights_only=True)["rng"]
+    assert torch.equal(saved[0]["cpu"], saved[1]["cpu"])
 
 
 @pytest.mark.slow
@@ -281,6 +307,19 @@ if __name__ == "__main__":
     out, trained = Path(sys.argv[1]), three_steps(microbatch_tokens=700)
     tied = tied_gradients()
     written = {"metrics": trained[1], "handed_out": trained[2], "idle": sum(idle)}
+
+    def give_up(response, answers):
+        with CHECKER._lock:
+            CHECKER.timeouts += 1
+
+    grader = Grader(give_up)
+    grader.grade(["x"] * 7, [["1"]] * 7)
+    written["given_up"] = grader.timeouts
+    if rank() == 0:
+        time.sleep(3)
+        (out / "done").touch()
+    closed = lambda: written.update(rank_0_was_done=(out / "done").exists())
+    SharedEngine(SimpleNamespace(load=None, sleep=None, close=closed)).close()
     (out / f"metrics-{rank()}.json").write_text(json.dumps(written))
     if rank() == 0:
         save_file(trained[0], out / "weights.safetensors")
