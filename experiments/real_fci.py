@@ -35,6 +35,21 @@ from tree import Measured, branch_points
 VARIANTS = ["sum", "mean", "window"]
 
 
+class AllVariants:
+    """A StepHook for each of VARIANTS in one forward pass."""
+
+    def __init__(self, step_ids: torch.Tensor, delta: int):
+        self.hooks = [StepHook(step_ids, delta, later) for later in VARIANTS]
+
+    def add_layer(self, *attention) -> None:
+        for hook in self.hooks:
+            hook.add_layer(*attention)
+
+    def fci(self) -> torch.Tensor:
+        """(B, S, variants)."""
+        return torch.stack([hook.fci() for hook in self.hooks], dim=-1)
+
+
 def sample(args, tokenizer, model) -> list[dict]:
     """Responses long enough, and the prompts they answer; those in the file first."""
     path = args.out / "samples.jsonl"
@@ -66,11 +81,9 @@ def measure(row: dict, tokenizer, learner: Learner, cfg: MethodConfig) -> dict[s
     n_scored, starts = count_scored_steps(texts, steps), [start for start, _ in steps]
     sequence = Sequence(row["prompt"], row["ids"], step_ids_of(len(row["prompt"]), steps))
     how = cfg.n_branch_points, cfg.branch_quantile, cfg.min_branch_gap, np.random.default_rng(0)
-    found = {}
-    for later in VARIANTS:
-        learner.hook = partial(StepHook, delta=cfg.fci_delta, later=later)
-        score = learner.score([sequence], with_entropy=True)[0]
-        fci = np.array(fci_of_response(score.fci, n_scored, len(steps)))
+    score, found = learner.score([sequence], True, partial(AllVariants, delta=cfg.fci_delta))[0], {}
+    for later, scored_fci in zip(VARIANTS, score.fci.T):
+        fci = np.array(fci_of_response(scored_fci, n_scored, len(steps)))
         response = Measured([""] * len(steps), starts, fci, score.entropies, 0.0, n_scored)
         points = branch_points("fci", response, *how)
         control = branch_points("earliest", response, *how)

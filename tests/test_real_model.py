@@ -5,6 +5,7 @@ import json
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ from attnrl import MethodConfig
 from eval import grade
 from experiments import real_fci
 from experiments.real_model import make_problems, warm_start
-from fci import split_steps
+from fci import StepHook, split_steps, step_ids_of
 from plumbing.learner import Learner
 from plumbing.models import load_model, load_tokenizer, prompt_ids
+from plumbing.nouns import Sequence
 from plumbing.settings import MachineConfig
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
@@ -157,6 +159,21 @@ def test_correlation_and_overlap_of_known_fci(tiny_model, tiny_tokenizer, monkey
         assert measured["correlation"] == pytest.approx(-1 if falls else 1)
         assert measured["overlap"] == (1 if falls else 0) and measured["steps"] == 30
         assert measured["place"] < 0.2 if falls else measured["place"] > 0.7
+
+
+def test_all_variants_in_one_pass(tiny_model, tiny_tokenizer):
+    """Are those of a pass each."""
+    learner = Learner(tiny_model, None, None, MachineConfig(autocast="none"))
+    prompt, ids = (
+        prompt_ids(tiny_tokenizer, "a=1, b=a+5, find b."),
+        tiny_tokenizer.encode("b=a+5: 1+5 so b=6\n\n" * 12),
+    )
+    steps = split_steps([tiny_tokenizer.decode([i]) for i in ids])
+    sequence = Sequence(prompt, ids, step_ids_of(len(prompt), steps))
+    together = learner.score([sequence], hook=partial(real_fci.AllVariants, delta=4))[0].fci
+    for i, later in enumerate(real_fci.VARIANTS):
+        alone = learner.score([sequence], hook=partial(StepHook, delta=4, later=later))[0].fci
+        assert alone.any() and np.array_equal(together[:, i], alone)
 
 
 def test_real_fci_goes_on_where_it_was(tmp_path, capsys):
