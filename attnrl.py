@@ -13,8 +13,8 @@ with the new problems and nothing due, then with nothing new and the same proble
 N counts the response tokens of a minibatch, r is the ratio to the policy that sampled the token (by the
 log-probs of scoring, not the engine's), A the advantage of tree.py.
 
-Three machines do the heavy work; nothing here depends on how, and a few lines can replace each. They are
-handed lists of what plumbing/nouns.py defines, and answer in the same order:
+Three machines do the heavy work. A step needs no more of them than this, so a few lines can replace each
+(train.py's checkpoints, checks and page ask for more). They get and return lists of plumbing/nouns.py:
 
     engine    generate(requests, temperature, top_p) -> responses; load(model), sleep(), close()
     learner   score(sequences, with_entropy) -> scores; update(sequences, loss, divisors) -> report; .model
@@ -59,28 +59,28 @@ class MethodConfig:
     branch_quantile: float = HfArg(default=0.2, help="rho, share of steps that are candidates")
     min_branch_gap: int = HfArg(default=512, help="tokens between branch points, per 8192 tokens of response")
     fci_delta: int = HfArg(default=4, help="Delta of Eq. 5, steps")
-    fci_later: Literal["sum", "mean", "window"] = HfArg(default="sum", help="of later steps; sum: Eq. 5")
+    fci_later: Literal["sum", "mean", "window"] = HfArg(default="sum", help="what FCI takes of later steps")
     # adaptive sampling
     expansion: Literal["adaptive", "uniform"] = HfArg(default="adaptive", help="Eq. 9, or branch all")
-    fci_filter: Literal["easy", "all", "drop_easy", "none"] = HfArg(default="easy", help="Eq. 8, sampler.py")
+    fci_filter: Literal["easy", "all", "drop_easy", "none"] = HfArg(default="easy", help="of Eq. 8")
     drop_zero_advantage: bool = HfArg(default=True, help="leave out problems that are all right or all wrong")
     adaptive_batch: bool = HfArg(default=True, help="resize the batch to the target (Eq. 10)")
     target_sequences: int = HfArg(default=1920, help="B', sequences with non-zero advantage wanted per step")
     batch_decay: float = HfArg(default=0.9, help="lambda of Eq. 10")
-    min_batch_size: int = HfArg(default=16, help="bounds of Eq. 10, problems")
-    max_batch_size: int = HfArg(default=256, help="bounds of Eq. 10, problems")
+    min_batch_size: int = HfArg(default=16, help="smallest batch of Eq. 10, problems")
+    max_batch_size: int = HfArg(default=256, help="largest batch of Eq. 10, problems")
     # loss
     advantage: Literal["tree", "group"] = HfArg(default="tree", help="Eq. 3, or GRPO's (R - mean) / std")
     minibatch_sequences: int = HfArg(default=192, help="sequences per optimiser step, in whole problems")
     clip_low: float = HfArg(default=0.2, help="the ratio is clipped below 1 - clip_low")
-    clip_high: float = HfArg(default=0.28, help="and above 1 + clip_high")
+    clip_high: float = HfArg(default=0.28, help="the ratio is clipped above 1 + clip_high")
     kl_coef: float = HfArg(default=0.001, help="weight of the KL to the initial model; 0: no reference model")
     grad_clip: float = HfArg(default=1.0, help="largest gradient norm")
     # an engine may have a copy of the weights, and kernels of its own
     old_logps: Literal["recompute", "engine"] = HfArg(
-        default="recompute", help="whose log-probs are the sampling policy's; engine: by importance weights"
+        default="recompute", help="engine: A is also weighted by P(trainer) / P(engine) of the sampled token"
     )
-    max_importance: float = HfArg(default=2.0, help="where the weights of old_logps=engine are cut off")
+    max_importance: float = HfArg(default=2.0, help="largest weight of old_logps=engine")
     max_engine_gap: float = HfArg(
         default=0.2, help="mean |log-prob of trainer - engine| per token, nats, above which a run stops"
     )
@@ -157,7 +157,7 @@ class Problem:
     prompt_ids: list[int]
     rollouts: list[Rollout] = field(default_factory=list)  # the initial ones first
     fci: float | None = None  # mean over the initial responses of the mean FCI of their steps, zeros too
-    kept: bool = True  # passed the filter of Eq. 8
+    kept: bool = True  # passed the filter of Eq. 8; others stay, unbranched
     branches: list[tuple[int, int]] = field(default_factory=list)  # where to sample again: (family, token)
 
     def initial(self) -> list[Rollout]:

@@ -41,7 +41,7 @@ SAMPLES = {"aime24": 32, "aime25": 32, "amc23": 32, "math500": 4, "minerva": 4, 
 
 def verdict(response: str, answers: list[str]) -> str:
     r""" "correct" if the last `\boxed{}` of a response holds one of the gold answers, else "wrong", or
-    "timeout" if a symbolic comparison was given up. Raises nothing, whatever the response says.
+    "timeout" if a symbolic comparison was given up. RuntimeError if Math-Verify does not start.
 
     >>> verdict(r"... so $x = \boxed{\dfrac12}$.", ["0.25", r"\frac{1}{2}"]), verdict("it is 3", ["3"])
     ('correct', 'wrong')
@@ -163,6 +163,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--engine", choices=["auto", "torch", "vllm"], default="auto")
     add("--chunk", type=int, default=512, help="responses per generation call: what an interruption can lose")
     add("--output_dir", help="for results.json and the samples of each benchmark [runs/eval-MODEL]")
+    # --max-new-tokens is --max_new_tokens
     underscores = lambda flag: "--" + flag[0][2:].replace("-", "_")
     with_underscores = [re.sub("^--[a-z-]+", underscores, text) for text in argv]
     args = parser.parse_args(with_underscores)
@@ -172,8 +173,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
     if not 0 <= args.temperature < inf or not 0 < args.top_p <= 1:
-        given = f"--temperature is {args.temperature} and --top_p {args.top_p}"
-        parser.error(f"{given}; needs >= 0 and in (0, 1]")
+        given = f"--temperature {args.temperature} and --top_p {args.top_p}"
+        parser.error(f"{given}: the first must be at least 0, the second in (0, 1]")
     return args
 
 

@@ -17,16 +17,16 @@ which share a key.
     model(input_ids, step_hook=hook)     # the same pass yields logits; no second one is needed
     hook.fci()                           # (B, S)
 
-It works for every decoder that uses that interface. Padding, on the right, is hidden by causality.
+Decoders that use that interface work, but for soft-caps and attention sinks, which are refused.
 
 **Without an L x L matrix.** Attention is linear in its values. Running fused attention with *step indicators*
 as values (column k is 1 on the tokens of step k) returns the summed attention of every token to every step.
 Indicators are 0 or 1, exact in bf16 as 1 / tokens of a step would not be; the kernel computes in autocast's
 dtype, all that follows is fp32. docs/engines.md says what it costs.
 
-From the released code, not the paper: where no blank line is, single line breaks end steps, or else every
-token is one; the prompt, the first step, and everything from the last `</think>` on score 0. Ours: a blank
-line may also be two tokens, as some tokenizers write it.
+From the released code, not the paper: without a blank line, single line breaks end steps, or else every
+token is one; prompt, first step, and everything from the last `</think>` on score 0. Ours: a blank line may
+also be two tokens.
 """
 
 from collections.abc import Callable
@@ -48,8 +48,8 @@ PADDING = -1  # step id of padding tokens
 def split_steps(token_texts: list[str]) -> list[tuple[int, int]]:
     """Cut a response into steps: half-open token spans [start, end) that cover it.
 
-    A step ends with a token that contains two consecutive line breaks; if there is none, where two such
-    tokens make up a blank line; if there is none, with a token that contains one line break; else every token
+    A step ends with a token that contains two consecutive line breaks; if there is none, where one token ends
+    and the next begins with a line break; if there is none, with a token that contains one; else every token
     is a step.
 
     >>> split_steps(["So", " x", ".\\n\\n", "Then", "\\n", "y"])
@@ -92,10 +92,10 @@ def step_sizes(step_ids: torch.Tensor, n_steps: int) -> torch.Tensor:
 class StepHook:
     """Collects FCI while a model with our attention runs forward once.
 
-    step_ids: (B, L) long, 0 = prompt, 1..T = response steps, PADDING = padding.
+    step_ids: (B, L) long, 0 = prompt, 1..T = response steps, PADDING on the right, which causality hides.
     delta: distance in steps from which a later step counts (paper: 4).
-    later: "sum" over all that count (Eq. 5); not the paper's: their "mean", or the sum over a "window", the
-    first 1 + delta of them, so that being early is no advantage.
+    later: "sum" over all that count (Eq. 5). Variants not in the paper, so that being early is no advantage:
+    their "mean", or the sum over a "window", the first 1 + delta of them.
     """
 
     def __init__(self, step_ids: torch.Tensor, delta: int = 4, later: str = "sum"):
@@ -103,7 +103,7 @@ class StepHook:
         self.n_steps = int(step_ids.max()) + 1
         self.sizes = step_sizes(step_ids, self.n_steps)  # (B, S)
         self.own_size = self.sizes.gather(1, step_ids.clamp(min=0))  # (B, L), of the step that a token is in
-        first = torch.arange(self.n_steps, device=step_ids.device) + delta  # (S,), step that counts for each
+        first = torch.arange(self.n_steps, device=step_ids.device) + delta  # (S,), first later step
         self.n_later = (step_ids.amax(1, keepdim=True) + 1 - first).clamp(min=1)  # (B, S)
         self.y: list[torch.Tensor] = []  # per layer, (B, H, S) fp32
 
@@ -134,7 +134,7 @@ def fci_of_response(fci, n_scored: int, n_steps: int) -> list[float]:
 
     fci: (S,), a row of `StepHook.fci()`; n_scored: of `count_scored_steps`; n_steps: T.
     """
-    return [float(y) if 0 < k < n_scored else 0.0 for k, y in enumerate(fci[1 : n_steps + 1])]
+    return [float(x) if 0 < i < n_scored else 0.0 for i, x in enumerate(fci[1 : n_steps + 1])]
 
 
 def step_attention(query, key, step_ids, n_steps: int, mask=None, scale=None) -> torch.Tensor:

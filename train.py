@@ -46,7 +46,7 @@ class RunConfig(MachineConfig):
     """What is trained, on what, and how it is logged; defaults are the paper's where it has one."""
 
     model: str = HfArg(default=str(HERE / "tiny"), help="directory or hub name of a chat model")
-    algo: Literal["attnrl", "treerl", "grpo"] = HfArg(default="attnrl", help="method fields, see ALGORITHMS")
+    algo: Literal["attnrl", "treerl", "grpo"] = HfArg(default="attnrl", help="sets fields of the method")
     preset: Literal["auto", "paper", "tiny", "smollm2"] = HfArg(
         default="auto", help="defaults; auto: the one named like the model's directory, else paper"
     )
@@ -59,7 +59,7 @@ class RunConfig(MachineConfig):
     steps: int = HfArg(default=500, help="training steps")
     token_budget: int = HfArg(default=0, help="sample nothing new after so many tokens; 0: no limit")
     lr: float = HfArg(default=1e-6, help="AdamW's learning rate, constant")
-    weight_decay: float = HfArg(default=0.01, help="AdamW's")
+    weight_decay: float = HfArg(default=0.01, help="of AdamW")
     eval_every: int = HfArg(default=50, help="steps between evaluations; there is one at both ends, too")
     eval_problems: int = HfArg(default=0, help="how many of the held-out problems; 0: all")
     eval_samples: int = HfArg(default=1, help="samples per held-out problem")
@@ -77,7 +77,7 @@ ALGORITHMS = {  # rows of the paper's Table 1
     # The paper does not state GRPO's group size. 30, the leaves of a tree, is inferred from its token counts.
     "grpo": dict(branching="none", advantage="group", group_size=30) | BASELINE,
 }
-PRESETS = {  # "paper" changes nothing; smollm2 is that of docs/real-model.md
+PRESETS = {  # "paper" changes nothing; smollm2: docs/real-model.md
     "tiny": dict(max_prompt_tokens=128, max_response_tokens=128, batch_size=12, min_batch_size=6)
     | dict(max_batch_size=36, target_sequences=180, minibatch_sequences=96, lr=4e-4, token_budget=400_000)
     | dict(train_data=str(HERE / "tiny/train.jsonl"), test_data=[str(HERE / "tiny/test.jsonl")])
@@ -156,7 +156,7 @@ class Ready:
 
 
 def get_ready(run: RunConfig, method: MethodConfig) -> Ready | None:
-    """Check the input, cheapest first, then load; None if the run is complete. InputError, EngineMismatch."""
+    """Check the input, then load; None if the run is complete. InputError, EngineMismatch."""
     out = Path(run.output_dir)
     with one_sentence():
         check_engine(run)
@@ -235,8 +235,8 @@ def train(run: RunConfig, method: MethodConfig, stop=lambda: False) -> None:
         log.add("rollouts.jsonl", *report.describe_trees(due, progress.step, trainer if evaluated else None))
 
         # ---- save
-        stopping = any_process(stop())  # asked once, so that a run that stops has saved
-        if due and (progress.step % run.save_every == 0 or finished() or stopping):
+        stopping = any_process(stop())  # one answer for here and the loop: a run that stops has saved
+        if stopping or due and (progress.step % run.save_every == 0 or finished()):
             state = {"progress": asdict(progress), "method": trainer.state(), "log_lines": log.lines}
             what = trainer.learner, ready.tokenizer, state, run.keep_checkpoints
             checkpoints.save_or_stop(out, progress.step, *what)

@@ -89,7 +89,7 @@ RULES |= dict(random=at_random, earliest=earliest, late=late)
 def branch_points(rule: str, response: Measured, n: int, quantile: float, gap: int, rng) -> list[int]:
     """Up to `n` token positions of one response from which to sample again, ascending.
 
-    Walks the rule's positions, the best first, and takes those that lie before the step with the last
+    Walks the rule's positions in their order, and takes those that lie before the step with the last
     `</think>`, and at least `gap` tokens from the start and from each other. quantile: rho of Eq. 7.
 
     >>> response = Measured(["…"] * 5, [0, 9, 18, 27, 36], np.array([0, 1, 5, 2, 9.0]), np.zeros(45), 1.0, 5)

@@ -27,9 +27,9 @@ def compare(path_a: str, path_b: str) -> list[str]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         needed = "both must be a results.json of eval.py"
         raise ValueError(f"cannot compare {path_a} with {path_b} ({error!r}); {needed}") from error
-    if settings[0] != settings[1]:
-        found = f"{path_a} and {path_b} are of {settings[0]} and of {settings[1]}"
-        raise ValueError(f"{found}; evaluate both alike to compare them")
+    other = [f"{key} ({x} and {settings[1][key]})" for key, x in settings[0].items() if x != settings[1][key]]
+    if other:
+        raise ValueError(f"{path_a} and {path_b} differ in {', '.join(other)}: evaluate both alike")
     pairs = {name: np.array([scores[0][name], scores[1][name]]) for name in scores[0]}
     lines = [f"{'benchmark':<18}{'A':>7}{'B':>7}{'B - A':>8}   95% interval"]
     rows = {name: [pair] for name, pair in pairs.items()} | {"average": list(pairs.values())}

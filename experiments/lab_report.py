@@ -1,7 +1,7 @@
-"""Tables and figure of experiments/lab.py, from summaries of runs; and the statistics below them.
+"""Tables and figure of experiments/lab.py, from summaries of runs, and the statistics that they use.
 
-Student's t distribution with f degrees of freedom is that of sqrt(f) tan(angle), where the density of the
-angle is proportional to cos(angle)^(f - 1) on (-pi/2, pi/2).
+Student's t distribution with df degrees of freedom is that of sqrt(df) tan(angle), where the density of the
+angle is proportional to cos(angle)^(df - 1) on (-pi/2, pi/2).
 
 All intervals are of 95 % and not corrected; p is, by Holm's method, over all comparisons of its table.
 `detectable` is the true difference that one uncorrected test at 5 % would find with a probability of 80 %.
@@ -56,7 +56,8 @@ def detectable(differences: list[float]) -> float:
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Adjusted for the family: the k-th smallest of m times m - k + 1, never below the one before."""
+    """Adjusted for the family: the k-th smallest of m p-values, multiplied by m - k + 1, at most 1, and never
+    below the one before."""
     adjusted, largest, m = [0.0] * len(p_values), 0.0, len(p_values)
     for k, i in enumerate(np.argsort(p_values)):
         largest = max(largest, min(1.0, (m - k) * p_values[i]))
@@ -185,15 +186,10 @@ def report(summaries: list[dict], figure: Path | None = None) -> str:
 
 # --- Figure -----------------------------------------------------------------------------------------------
 
-RULES = {
-    "FCI": "#d62728",
-    "FCI mean": "#ff9896",
-    "FCI window": "#e377c2",
-    "entropy": "#17becf",
-}  # and colours
-RULES |= {"sentence entropy": "#1f77b4", "random": "#7f7f7f", "earliest": "#bcbd22", "late": "#8c564b"}
-RULES |= {"oracle": "black"}
-COLORS = RULES | {"GRPO 6": "#98df8a", "GRPO 30": "#2ca02c", "TreeRL": "#ff7f0e"}
+RULE_COLORS = {"FCI": "#d62728", "FCI mean": "#ff9896", "FCI window": "#e377c2", "entropy": "#17becf"}
+RULE_COLORS |= {"sentence entropy": "#1f77b4", "random": "#7f7f7f", "earliest": "#bcbd22", "late": "#8c564b"}
+RULE_COLORS |= {"oracle": "black"}
+COLORS = RULE_COLORS | {"GRPO 6": "#98df8a", "GRPO 30": "#2ca02c", "TreeRL": "#ff7f0e"}
 COLORS |= {"group advantage": "#9467bd", "no adaptive sampling": "#393b79"}
 
 
@@ -207,8 +203,8 @@ def draw(worlds: dict[str, dict[str, list[dict]]], path: Path) -> None:
 
     panels = []
     for world, runs in worlds.items():
-        rules = {name: own for name, own in runs.items() if name in RULES}
-        others = {name: own for name, own in runs.items() if name not in RULES or name == "FCI"}
+        rules = {name: own for name, own in runs.items() if name in RULE_COLORS}
+        others = {name: own for name, own in runs.items() if name not in RULE_COLORS or name == "FCI"}
         split = {f"{world}: rules": rules, f"{world}: algorithms": others}
         panels += (split if len(runs) > 7 else {world: runs}).items()
     size = 4.2 * len(panels) + 0.6, 7.4

@@ -2,10 +2,11 @@
 
     python experiments/real_fci.py --model models/SmolLM2-135M-Instruct --data train.jsonl --out runs/real_fci
 
-Samples one response per problem at temperature 1 until enough have `--min_tokens` (a file keeps them, so the
-same command goes on), scores each with FCI as the paper defines it, as a mean over later steps, and over a
-window of them (`--fci_later`), and prints per variant: the correlation of FCI with a step's position, where
-branch points fall, and how many of them are those of the rule that takes the earliest steps.
+Samples one response per problem at temperature 1 until enough have `--min_tokens` (a file keeps them batch by
+batch, so the same command goes on), scores each with FCI as the paper defines it, as a mean over later steps,
+and over a window of them (train.py's `--fci_later`), and prints per variant: the correlation of FCI with a
+step's position, where branch points fall, and how many of them are those of the rule that takes the earliest
+steps.
 """
 
 import argparse
@@ -23,12 +24,12 @@ sys.path.insert(0, str(ROOT))
 
 from attnrl import MethodConfig
 from fci import StepHook, count_scored_steps, fci_of_response, split_steps, step_ids_of
-from plumbing.checkpoints import append
+from plumbing.checkpoints import append, cut_log, open_directory, whole_lines
 from plumbing.learner import Learner
 from plumbing.models import load_model, load_tokenizer, prompt_ids
 from plumbing.nouns import Request, Sequence
 from plumbing.problems import load_problems
-from plumbing.settings import MachineConfig
+from plumbing.settings import InputError, MachineConfig
 from plumbing.torch_engine import TorchEngine
 from tree import Measured, branch_points
 
@@ -53,7 +54,8 @@ class AllVariants:
 def sample(args, tokenizer, model) -> list[dict]:
     """Responses long enough, and the prompts they answer; those in the file first."""
     path = args.out / "samples.jsonl"
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    cut_log(path, len(whole_lines(path)) // args.batch * args.batch)  # a batch that was interrupted
+    done = [json.loads(line) for line in whole_lines(path)]
     problems = load_problems(args.data)
     engine = TorchEngine(model, tokenizer, batch_tokens=10**9)  # batches are made here
     long = [row for row in done if len(row["ids"]) >= args.min_tokens]
@@ -75,22 +77,22 @@ def sample(args, tokenizer, model) -> list[dict]:
 
 def measure(row: dict, tokenizer, learner: Learner, cfg: MethodConfig) -> dict[str, dict] | None:
     """Of one response, per variant: correlation of FCI with position, place of branch points, overlap with
-    the earliest steps. None where fewer than three steps score."""
+    the earliest steps. None where in any variant fewer than three steps have FCI > 0, or none is branched."""
     texts = [tokenizer.decode([i]) for i in row["ids"]]
     steps = split_steps(texts)
     n_scored, starts = count_scored_steps(texts, steps), [start for start, _ in steps]
     sequence = Sequence(row["prompt"], row["ids"], step_ids_of(len(row["prompt"]), steps))
     how = cfg.n_branch_points, cfg.branch_quantile, cfg.min_branch_gap, np.random.default_rng(0)
     score, found = learner.score([sequence], True, partial(AllVariants, delta=cfg.fci_delta))[0], {}
-    for later, scored_fci in zip(VARIANTS, score.fci.T):
-        fci = np.array(fci_of_response(scored_fci, n_scored, len(steps)))
+    for later, of_steps in zip(VARIANTS, score.fci.T):
+        fci = np.array(fci_of_response(of_steps, n_scored, len(steps)))
         response = Measured([""] * len(steps), starts, fci, score.entropies, 0.0, n_scored)
         points = branch_points("fci", response, *how)
         control = branch_points("earliest", response, *how)
-        scored = fci > 0
-        if scored.sum() < 3 or not points:
+        positive = np.flatnonzero(fci > 0)
+        if len(positive) < 3 or not points:
             return None
-        correlation = np.corrcoef(fci[scored], np.flatnonzero(scored))[0, 1]
+        correlation = np.corrcoef(fci[positive], positive)[0, 1]
         place = np.mean([p / len(row["ids"]) for p in points])
         overlap = len(set(points) & set(control)) / len(points)
         found[later] = dict(correlation=correlation, place=place, overlap=overlap, steps=len(steps))
@@ -110,7 +112,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/real_fci"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: str(getattr(args, name)) for name in ("model", "data", "max_tokens", "batch", "seed")}
+    try:
+        open_directory(args.out, "settings.json", settings, "sampling")
+    except InputError as error:
+        sys.exit(f"error: {error}")
     tokenizer, model, cfg = load_tokenizer(args.model), load_model(args.model), MethodConfig()
     rows = sample(args, tokenizer, model)
     learner = Learner(model, None, None, MachineConfig(autocast="none"))

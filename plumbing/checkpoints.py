@@ -25,13 +25,13 @@ HELD = contextlib.ExitStack()  # locks of the directories that this process has 
 
 @contextlib.contextmanager
 def closing_directories():
-    """Gives the directories that were opened free at the end, for the next run in them."""
+    """Releases the directories that were opened, at the end, for the next run in them."""
     with HELD:
         yield
 
 
 def open_directory(out: Path, name: str, settings: dict, what: str, may_change: Collection[str] = ()) -> None:
-    """Make the directory with the settings in file `name`, or know that it holds this very run or evaluation.
+    """Make the directory with the settings in file `name`, or check that it holds this run or evaluation.
 
     Keeps other processes out until this one ends, or `closing_directories` does. Raises InputError where it
     is in use, cannot be written to, or holds one with other settings, apart from those in `may_change`."""
@@ -52,10 +52,12 @@ def open_directory(out: Path, name: str, settings: dict, what: str, may_change: 
     if shown:
         found = f"{'an' if what[0] in 'aeiou' else 'a'} {what} with other settings, {', '.join(shown)}"
         raise InputError(f"{out} holds {found}: use them, or another --output_dir")
+    write_whole(path, json.dumps(before | settings, indent=2))
 
 
 def prepare(out: Path, config: dict, may_change: Collection[str]) -> tuple[Path | None, dict]:
-    """Make a run's directory, or find where to go on: (checkpoint, its state) or (None, {}). InputError."""
+    """Make a run's directory, or find where to go on: (checkpoint, its state) or (None, {}). Writes
+    source.json, and cuts logs off at the checkpoint. Raises InputError."""
     open_directory(out, "config.json", config, "run", may_change)
     found = checkpoints(out)
     state = read_state(found[-1]) if found else {}
@@ -93,7 +95,9 @@ def provenance() -> dict[str, str]:
 def check_room(out: Path, run) -> None:
     """Raises ValueError unless the disk holds the checkpoints that will exist at once. run: RunConfig."""
     size = 12 * shape_of(run.model).parameters  # bytes: fp32 weights and two moments of AdamW
-    at_once = min(run.keep_checkpoints + 1, math.ceil(run.steps / run.save_every))  # the oldest goes last
+    at_once = min(
+        run.keep_checkpoints + 1, math.ceil(run.steps / run.save_every)
+    )  # the oldest is deleted only after the new one is there
     needed, free = (at_once - len(checkpoints(out))) * size, shutil.disk_usage(out).free
     sizes = f"{needed / 1e9:.3g} GB for checkpoints and has {free / 1e9:.3g} GB"
     remedy = "make room, lower --keep_checkpoints, or choose another --output_dir"
@@ -112,7 +116,8 @@ def save_or_stop(out: Path, step: int, *what) -> None:
 
 def save_checkpoint(out: Path, step: int, learner, tokenizer, state: dict, keep: int) -> None:
     """Write checkpoint-STEP aside, then rename it: under its final name a checkpoint is complete. Sharded
-    tensors are saved whole. state: plain JSON, all but weights, optimiser and random state."""
+    tensors are saved whole. state: plain JSON, all but weights, optimiser and random state. Older
+    checkpoints than the newest `keep` are deleted."""
     weights, optimizer = on_rank_0(learner.model.state_dict()), learner.optimizer.state_dict()
     optimizer["state"] = {i: on_rank_0(moments) for i, moments in optimizer["state"].items()}
     rng = {"cpu": torch.get_rng_state()}
@@ -167,7 +172,7 @@ def append(path: Path, *records: dict) -> None:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """Lines of a file, if it is there, but for a last one that is torn or just being written."""
+    """Lines of a file, if it is there, except a last one that is torn or just being written."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [line for line in lines if line.endswith(b"\n")]
 
@@ -185,8 +190,8 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """The checkpoint's state.json, once every file is known to be as it was written. Raises InputError: one
-    that changed on the disk is something to know about, and no reason to take the checkpoint before."""
+    """The checkpoint's state.json, once every file is known to be as it was written. Raises InputError: a
+    damaged checkpoint is reported, not silently replaced by the one before."""
     try:
         name = "digests.json"
         digests = json.loads((checkpoint / name).read_text())
@@ -206,7 +211,9 @@ def cut_log(path: Path, n_lines: int) -> None:
 
 def restore(learner, checkpoint: Path, state: dict) -> None:
     """Optimiser and random state; the weights come with the model, and `verify_sync` pushes them."""
-    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, mmap=world_size() > 1)  # one per node
+    saved = torch.load(
+        checkpoint / "optimizer.pt", weights_only=True, mmap=world_size() > 1
+    )  # shared in a node
     for i, parameter in enumerate(learner.model.parameters()):
         if isinstance(parameter, DTensor):
             moments, placed = saved["optimizer"]["state"].get(i, {}), parameter.placements

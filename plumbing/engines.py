@@ -10,7 +10,7 @@ import torch
 
 from plumbing.models import load_model
 from plumbing.nouns import Request, Response
-from plumbing.processes import any_process, rank, shared_out, world_size
+from plumbing.processes import rank, shared_out, wait_for_all, world_size
 from plumbing.settings import MachineConfig, refuse_if
 from plumbing.torch_engine import TorchEngine
 from plumbing.vllm_engine import VLLM_VERSION, VLLMEngine
@@ -71,5 +71,5 @@ class SharedEngine:
     def close(self) -> None:
         """Close them once all processes are here: rank 0 may still write a checkpoint, and the first process
         that ends lets torchrun stop the others."""
-        any_process(False)
+        wait_for_all()
         self.own.close()

@@ -20,7 +20,7 @@ from plumbing.models import load_model
 from plumbing.nouns import Score, Sequence
 from plumbing.processes import rank, shares, total, union, whole, world_size
 from plumbing.projection import collate, response_logps, token_logps
-from plumbing.settings import MachineConfig
+from plumbing.settings import MachineConfig, refuse_if
 
 
 class NonFiniteUpdates(RuntimeError):
@@ -36,7 +36,7 @@ class Pass:
 
 
 def pack(own: Iterable[int], lengths: list[int], budget: int) -> list[list[int]]:
-    """Some indices of lengths in batches of similar length: rows x longest <= budget, one row at least.
+    """Batches of the indices `own`, longest sequences first: rows x longest <= budget, one row at least.
 
     >>> pack([0, 1, 2, 3], lengths=[3, 9, 4, 8], budget=18)
     [[1, 3], [2, 0]]
@@ -74,7 +74,7 @@ def shard(model) -> None:
 
 
 def autocast_dtype(machine: MachineConfig) -> torch.dtype:
-    """dtype of forward passes; float32 is that of the weights."""
+    """dtype of forward passes; float32: no autocast."""
     wanted = machine.autocast == "bfloat16" or (machine.autocast == "auto" and torch.cuda.is_available())
     return torch.bfloat16 if wanted else torch.float32
 
@@ -104,8 +104,12 @@ class Learner:
 
     @torch.no_grad()
     def score(self, sequences: list[Sequence], with_entropy: bool = False, hook=None) -> list[Score]:
-        """Log-probs under the current weights; entropies where asked; FCI if all (not some) have step ids, or
-        what `fci()` of another hook(step_ids) returns."""
+        """Log-probs under the current weights; entropies where asked; FCI if all have step ids, or what
+        `fci()` of another hook(step_ids) returns. ValueError if only some have."""
+        asking = sum(s.step_ids is not None for s in sequences)
+        refuse_if(
+            0 < asking < len(sequences), f"{asking} of {len(sequences)} sequences have step ids: all or none"
+        )
         self.model.eval()
         found: dict[int, Score] = {}
         for forward in passes([len(s) for s in sequences], self.machine.microbatch_tokens):
@@ -125,12 +129,13 @@ class Learner:
     def update(self, sequences: list[Sequence], loss: Callable, divisors: list[float]) -> dict[str, float]:
         """One optimiser step. divisors: what the loss of each sequence's tokens is divided by.
 
-        loss(logps, ref_logps, **per_token) gets (N,) fp32 tensors over the response tokens of some sequences,
-        ref_logps None without a reference, and returns the loss (N,) and {name: (N,)} to be logged.
+        loss(logps, ref_logps, **per_token) gets (n,) fp32 tensors over the response tokens of some sequences,
+        ref_logps None without a reference, and returns the loss (n,) and {name: (n,)} to be logged.
 
-        Returns sums over response tokens of the undivided loss and of what is to be logged;
+        Returns sums over response tokens: of `loss`, undivided, and of each name to be logged. Also
         `response_tokens`; `read`, tokens in the forward passes, and `slots`, with padding; `grad_norm` before
-        clipping; `skipped`, 1 if loss or gradient was not finite and weights stay. Or NonFiniteUpdates."""
+        clipping; `skipped`, 1 if loss or gradient was not finite and weights stay. Raises NonFiniteUpdates
+        after too many of those in a row."""
         sums = total(self.accumulate(sequences, loss, divisors))
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)).item()
         finite = math.isfinite(norm) and math.isfinite(sums["loss"])
@@ -183,7 +188,7 @@ def make_learner(run, method, weights: str) -> Learner:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for each in filter(None, (model, reference)):
         shard(each)
-    fused = torch.cuda.is_available()  # makes no copy of the state
+    fused = torch.cuda.is_available()  # updates in place, without temporary copies
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=run.weight_decay, fused=fused)
     hook = functools.partial(StepHook, delta=method.fci_delta, later=method.fci_later)
     constants = dict(temperature=method.temperature, grad_clip=method.grad_clip)

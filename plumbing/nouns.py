@@ -24,12 +24,12 @@ class Response:
 
 @dataclass
 class Sequence:
-    """A prompt and a response of N tokens, to be scored or trained on by a learner."""
+    """A prompt and a response of n tokens, to be scored or trained on by a learner."""
 
     prompt_ids: list[int]
     response_ids: list[int]
     step_ids: list[int] | None = None  # of all tokens, 0 for the prompt: asks `score` for FCI
-    per_token: dict[str, list[float]] = field(default_factory=dict)  # arguments of the loss, (N,) each
+    per_token: dict[str, list[float]] = field(default_factory=dict)  # arguments of the loss, (n,) each
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -39,6 +39,6 @@ class Sequence:
 class Score:
     """What a forward pass says of one sequence; fp32 arrays."""
 
-    logps: np.ndarray  # (N,), of the response tokens
-    entropies: np.ndarray | None  # (N,), nats, where asked for
+    logps: np.ndarray  # (n,), of the response tokens
+    entropies: np.ndarray | None  # (n,), nats, where asked for
     fci: np.ndarray | None  # (1 + T,), prompt first, where it has step ids; or what another hook returns

@@ -78,6 +78,11 @@ def any_process(flag: bool) -> bool:
     return any(union({rank(): flag}).values())
 
 
+def wait_for_all() -> None:
+    """Returns once all processes have come here."""
+    union({})
+
+
 def shared_out(items: list, costs: list[int], work: Callable[[list], list], replicas: int = 1) -> list:
     """work(items), a result per item, by processes that share it out; `replicas` neighbours get the same."""
     own = shares(costs, world_size() // replicas)[rank() // replicas]

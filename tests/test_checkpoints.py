@@ -19,7 +19,14 @@ from whole_runs import FLAGS, command, everything, forbid_loading, largest_file,
 from attnrl import AttnRL
 from plumbing import checkpoints as checkpoints_module
 from plumbing import logs
-from plumbing.checkpoints import checkpoints, digest, read_state, restore
+from plumbing.checkpoints import (
+    checkpoints,
+    closing_directories,
+    digest,
+    open_directory,
+    read_state,
+    restore,
+)
 from plumbing.learner import Learner
 from plumbing.settings import InputError
 from plumbing.torch_engine import TorchEngine
@@ -98,8 +105,9 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, uninterrupted, moment):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("call", [1, 3])  # the first call only samples
 def test_sigterm_saves_at_the_end_of_the_step_and_a_second_one_would_kill(
-    tmp_path, uninterrupted, monkeypatch
+    tmp_path, uninterrupted, monkeypatch, call
 ):
     """No checkpoint is due before the end: the one that the resumed run starts from is the signal's."""
     out, step, calls = tmp_path / "run", AttnRL.step, []
@@ -107,16 +115,18 @@ def test_sigterm_saves_at_the_end_of_the_step_and_a_second_one_would_kill(
 
     def step_with_signal(self, new, clock):
         calls.append(new)
-        if len(calls) == 3:  # the first call only samples
+        if len(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
             assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         return step(self, new, clock)
 
     monkeypatch.setattr(AttnRL, "step", step_with_signal)
     said = words_of_main(monkeypatch, *flags)
-    resumes = f"the same command resumes from {out}/checkpoint-2"
-    assert said == f"stopped: SIGTERM ended the run after step 2; {resumes}"
-    assert [p.name for p in checkpoints(out)] == ["checkpoint-2"] and not (out / "traceback.txt").exists()
+    resumes = f"the same command resumes from {out}/checkpoint-{call - 1}"
+    assert said == f"stopped: SIGTERM ended the run after step {call - 1}; {resumes}"
+    assert [p.name for p in checkpoints(out)] == [f"checkpoint-{call - 1}"] and not (
+        out / "traceback.txt"
+    ).exists()
     run(*flags)
     assert_ended_alike(out, uninterrupted)
 
@@ -455,3 +465,14 @@ def test_a_run_records_a_digest_of_every_source_file(uninterrupted):
         list(ROOT.glob("plumbing/*.py"))
     )
     assert recorded["fci.py"] == hashlib.sha256((ROOT / "fci.py").read_bytes()).hexdigest()
+
+
+def test_the_settings_kept_are_those_of_the_last_start(tmp_path):
+    """A longer run, say: the page and a reader see what is so now; what may not change stays."""
+    for settings in ({"lr": 1, "steps": 5}, {"lr": 1, "steps": 8}):
+        with closing_directories():
+            open_directory(tmp_path, "config.json", settings, "run", {"steps"})
+        assert json.loads((tmp_path / "config.json").read_text()) == settings
+    with pytest.raises(InputError, match="lr"), closing_directories():
+        open_directory(tmp_path, "config.json", {"lr": 2, "steps": 9}, "run", {"steps"})
+    assert json.loads((tmp_path / "config.json").read_text()) == settings

@@ -180,7 +180,7 @@ BAD_ARGUMENTS = [  # arguments, exit status, message
     (["--model", "nowhere", "--data", str(TINY / "test.jsonl")], 1, "nowhere"),
     ([], 2, "--model is missing"),
     (["--model", "m", "--samples", "0"], 2, "--samples is 0"),
-    (["--model", "m", "--temperature", "nan"], 2, "--temperature is nan"),
+    (["--model", "m", "--temperature", "nan"], 2, "--temperature nan"),
     (["--model", "m", "--top_p", "0"], 2, "--top_p 0.0"),
     (
         f"--model {TINY} --data {TINY}/test.jsonl --output_dir {TINY}/test.jsonl".split(),

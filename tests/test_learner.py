@@ -250,3 +250,10 @@ def test_a_finite_update_ends_a_row_of_skipped_ones(tiny_tokenizer, monkeypatch)
         seen.append((metrics["skipped_updates"], learner.skipped_in_a_row))
     assert seen == [(2, 2), (1, 1), (1, 0)]
     assert n_updates(learner) == 2
+
+
+def test_step_ids_of_some_sequences_are_refused(model):
+    """Whether FCI came back would depend on which of them share a pass."""
+    sequences = [Sequence([1], [2, 3], [0, 1, 1]), Sequence([1], [2, 3])]
+    with pytest.raises(ValueError, match="1 of 2 sequences have step ids"):
+        make_learner(model).score(sequences)

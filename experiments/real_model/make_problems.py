@@ -2,14 +2,14 @@
 
     python experiments/real_model/make_problems.py models/problems
 
-writes train.jsonl and test.jsonl, and warm.jsonl with solutions for warm_start.py. A problem is a story: a
+writes warm.jsonl for warm_start.py, train.jsonl and test.jsonl, all with solutions. A problem is a story: a
 first sentence, a sentence per event, and a question.
 
     Nora has 23 stickers. She buys 4 packs with 12 stickers in each. How many stickers does Nora have now?
 
-A solution repeats each sentence and computes, a step each, separated by blank lines. No sentence of the test
-set, its numbers apart, occurs in the other sets: a digest of the sentence decides whether it may be used in
-the test set or in the others. The same seed writes the same files.
+A solution repeats each sentence but the question, and computes, a step each, separated by blank lines. No
+sentence of the test set, its numbers apart, occurs in the other sets: a digest of the sentence decides where
+it may be used. The same seed writes the same files.
 """
 
 import argparse
@@ -178,7 +178,7 @@ def main() -> None:
     for name, rows in files.items():
         path = args.out / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        print(f"{path}: {len(rows)} problems, such as\n    {rows[3]['problem']}")
+        print(f"{path}: {len(rows)} problems, such as\n    {rows[-1]['problem']}")
 
 
 if __name__ == "__main__":

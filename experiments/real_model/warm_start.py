@@ -3,9 +3,12 @@
     python experiments/real_model/warm_start.py models/SmolLM2-135M-Instruct models/problems models/smollm2
 
 trains on the worked solutions of warm.jsonl (maximum likelihood of their tokens, AdamW, a learning rate that
-falls linearly to 0), prints what share of the held-out problems the result solves, and writes it: steps
-separated by blank lines, the answer in \\boxed{}, then the end. A distilled reasoning model has learned that
-before reinforcement learning starts. The last directory's name chooses train.py's preset `smollm2`.
+falls linearly to 0), writes the model, and prints what share of the held-out problems it solves. The form is:
+steps separated by blank lines, the answer in \\boxed{}, then the end; a distilled reasoning model has learned
+that before reinforcement learning starts. The directory's name chooses train.py's preset `smollm2`:
+
+    python train.py --model models/smollm2 --train_data models/problems/train.jsonl \\
+        --test_data models/problems/test.jsonl
 """
 
 import argparse
