@@ -86,8 +86,8 @@ def area(run: dict) -> float:
 
 # --- Tables -----------------------------------------------------------------------------------------------
 
-REFERENCES = ["random", "GRPO 30"]
-KINDS = ["pivotal", "local", "filler", "wait"]
+REFERENCES = ["random", "GRPO 30", "FCI"]
+KINDS = ["pivotal", "local", "filler", "wait", "answer"]
 
 
 def table(*rows: list[str]) -> str:
@@ -127,7 +127,7 @@ def why(runs: dict[str, list[dict]]) -> str:
     title = ["row", *KINDS, "position", "mixed continuations", "tokens per useful sequence"]
     rows = [title]
     for name, own in runs.items():
-        points = np.sum([[r["points"][kind] for kind in KINDS] for r in own], axis=0)
+        points = np.sum([[r["points"].get(kind, 0) for kind in KINDS] for r in own], axis=0)
         branched = [r for r in own if r["position"] is not None]
         cells = ["–"] * (len(KINDS) + 2)
         if branched:

@@ -30,10 +30,10 @@ def test_oracle_takes_the_pivotal_steps_in_order(monkeypatch):
 
 def test_points_are_counted_by_kind_and_place():
     response = dict(family=0, start=0, steps=STEPS, step_starts=[0, 4, 8, 12, 15, 19])
-    tree = {"branches": [(0, 8), (0, 9), (1, 4)], "rollouts": [response, response | {"family": 1}]}
+    tree = {"branches": [(0, 8), (0, 9), (1, 4), (1, 19)], "rollouts": [response, response | {"family": 1}]}
     found = lab.points([tree])
-    assert found["points"] == dict(pivotal=2, local=0, filler=1, wait=0)
-    assert found["position"] == pytest.approx((2 + 2 + 1) / 6 / 3, abs=1e-4)
+    assert found["points"] == dict(pivotal=2, local=0, filler=1, wait=0, answer=1)
+    assert found["position"] == pytest.approx((2 + 2 + 1 + 5) / 6 / 4, abs=1e-4)
     assert lab.points([{"branches": [], "rollouts": []}])["position"] is None
 
 
@@ -105,8 +105,8 @@ def test_report_of_incomplete_results(tmp_path):
     lines = text.splitlines()
     assert (tmp_path / "lab.png").stat().st_size > 10_000
     assert "| GRPO 30 | 1 | 85.0 | 71.2 | 95.0 | 90.0 | 6 | 9 |" in lines
-    assert "| GRPO 30 | – | – | – | – | – | – | 50 |" in lines
-    assert "| FCI | 25.0% | 25.0% | 50.0% | 0.0% | 0.25 | 50.0% | 50 |" in lines
+    assert "| GRPO 30 | – | – | – | – | – | – | – | 50 |" in lines
+    assert "| FCI | 25.0% | 25.0% | 50.0% | 0.0% | 0.0% | 0.25 | 50.0% | 50 |" in lines
     against = next(i for i, line in enumerate(lines) if "against random" in line)
     paired = [line for line in lines[against:] if line.startswith("| FCI | 2 | +17.5 ±")]
     assert len(paired) == 1  # 10 and 25 points
@@ -120,14 +120,14 @@ def test_report_reads_a_file_and_writes_one(tmp_path, monkeypatch, capsys):
         out = lab.directory("default", "FCI", seed, tmp_path)
         out.mkdir(parents=True)
         (out / "summary.json").write_text(json.dumps(run_of(seed=seed)))
-    printed = []
+    printed, no_others = [], ["--known", str(tmp_path / "none.jsonl")]
     for flags in (["--report"], ["--report", str(tmp_path / "summaries.jsonl")]):
-        monkeypatch.setattr(sys, "argv", ["lab.py", "--out", str(tmp_path), *flags])
+        monkeypatch.setattr(sys, "argv", ["lab.py", "--out", str(tmp_path), *no_others, *flags])
         lab.main()
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] and "| FCI | 2 | 85.0 ± 0.0 |" in printed[0]
     assert [s["seed"] for s in lab.lines(tmp_path / "summaries.jsonl")] == [0, 1]
-    monkeypatch.setattr(sys, "argv", ["lab.py", "--out", str(tmp_path / "default"), "--report"])
+    monkeypatch.setattr(sys, "argv", ["lab.py", "--out", str(tmp_path / "default"), *no_others, "--report"])
     with pytest.raises(SystemExit, match="no summary"):
         lab.main()
 
