@@ -10,6 +10,7 @@ with 1 if a check fails. A check that raises has failed; the others still run. "
     kernel   attention kernels of passes that score and train; fails if one writes L x L matrices
     fci      time of scoring with FCI over that without; the memory that FCI adds, at most what the plan says
     memory   peaks of an update and of scoring at the longest length, within 10 % of the rows of `--plan`
+    adapters the same with `--lora_rank 16` (needs PEFT)
     bf16     log-probs, gap to fp32 at most max_engine_gap; branch points that are the same
     speed    tokens/s of score, reference and update, and their share of a matrix product's peak (measured)
     shapes   shapes of the passes over 384 responses, and what the first call of one costs (measured)
@@ -33,6 +34,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -51,6 +53,7 @@ from experiments.bench_logits import LiveBytes
 from experiments.bench_step import forward_flops, matmul_peak, now, seconds, time_reference
 from fci import PADDING, StepHook, fci_of_response, step_ids_of
 from plumbing import logs, memory_plan
+from plumbing.adapters import add_adapters
 from plumbing.agreement import mismatch, verify_sync
 from plumbing.engines import resolve_engine
 from plumbing.learner import Learner, autocast_dtype, passes
@@ -116,10 +119,14 @@ def make_learner(s: Setting, trains: bool = False, **knobs) -> Learner:
         if free < needed:
             raise Skipped(f"needs {needed / 1e9:.0f} GB, and {free / 1e9:.0f} are free")
     model = make_model(s)
+    computes_in = autocast_dtype(run) or torch.float32
+    if run.lora_rank:
+        add_adapters(model, run, computes_in, run.model)
     if trains:
-        reference = make_model(s).to(autocast_dtype(run) or torch.float32).requires_grad_(False)
+        reference = model if run.lora_rank else make_model(s).to(computes_in).requires_grad_(False)
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = torch.optim.AdamW(model.parameters(), run.lr, weight_decay=run.weight_decay, fused=ON_GPU)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, run.lr, weight_decay=run.weight_decay, fused=ON_GPU)
     return Learner(model, reference, optimizer, run)
 
 
@@ -220,16 +227,16 @@ def check_fci(s: Setting):
     return passed, f"times a pass without, and memory added: {'; '.join(cells)}", numbers
 
 
-def check_memory(s: Setting):
+def check_memory(s: Setting, **knobs):
     if s.small and ON_GPU:
         raise Skipped("CUDA's work spaces are larger than a small model")
-    learner = make_learner(s, trains=True, microbatch_tokens=s.longest)
+    learner = make_learner(s, trains=True, microbatch_tokens=s.longest, **knobs)
     planned = planned_peaks(s, learner.machine)
     batch = [make_sequence(s, s.longest) for _ in range(2)]  # the second pass adds to gradients
     update = make_update(s, learner, batch)
     update()  # makes the optimiser's state
-    tensors = [*learner.model.parameters(), *learner.reference.parameters()]
-    tensors += [t for moments in learner.optimizer.state.values() for t in moments.values()]
+    tensors = {*learner.model.parameters(), *learner.reference.parameters()}
+    tensors |= {t for moments in learner.optimizer.state.values() for t in moments.values()}
     state = sum(t.nbytes for t in tensors)
     found = {"update": state + peak_of(update), "score": state + peak_of(learner.score, batch, True)}
     of_plan = {name: found[name] / planned[name] for name in found}
@@ -237,6 +244,12 @@ def check_memory(s: Setting):
     numbers = dict(measured_bytes=found, planned_bytes=planned, state_bytes=state, tokens=s.longest)
     line = f"{'; '.join(cells)}; {state / 1e9:.3g} GB of it weights, moments, reference"
     return all(0.9 <= share <= 1.1 for share in of_plan.values()), line, numbers
+
+
+def check_adapters(s: Setting):
+    if find_spec("peft") is None:
+        raise Skipped("adapters need PEFT: pip install peft")
+    return check_memory(s, lora_rank=16)
 
 
 def check_bf16(s: Setting):
@@ -350,7 +363,7 @@ def check_vllm(s: Setting):
 
 
 CHECKS = dict(kernel=check_kernel, fci=check_fci, memory=check_memory, bf16=check_bf16, speed=check_speed)
-CHECKS |= dict(shapes=check_shapes, decode=check_decode, train=check_train)
+CHECKS |= dict(shapes=check_shapes, decode=check_decode, train=check_train, adapters=check_adapters)
 CHECKS |= dict(vllm=check_vllm)  # last: it changes its process
 
 

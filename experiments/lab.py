@@ -129,6 +129,7 @@ def summarised(out: Path) -> dict:
     last, useful = records[-1], sum(r.get("valid_sequences", 0) for r in records)
     mixed = [r["mc_valid"] for r in records if r.get("mc_valid") is not None]
     totals = dict(problems=last["total_problems"], steps=last["step"])
+    totals["seconds_per_step"] = round(float(np.median([r["time_step"] for r in records[1:]])), 2)
     totals["tokens_per_useful"] = round(last["total_tokens"] / max(useful, 1), 1)
     totals["mixed"] = round(float(np.mean(mixed)), 4) if mixed else None
     return curve | {"accuracy": [round(r["test_accuracy"], 4) for r in tested]} | totals | points(trees)
@@ -183,7 +184,7 @@ def run_apart(world: str, row: str, seed: int, args: argparse.Namespace) -> str 
     same = ["--out", args.out, "--token_budget", args.token_budget, "--problems", args.problems]
     try:
         if not complete(world, row, seed, args):
-            python(Path(__file__).resolve(), "--one", world, row, seed, *same)
+            python(args.program.resolve(), "--one", world, row, seed, *same)
             summary = json.loads((directory(world, row, seed, args.out) / "summary.json").read_text())
             before, *_, after = summary["accuracy"]
             print(f"{world}, {row}, seed {seed}: {before:.1%} -> {after:.1%}", file=sys.stderr, flush=True)
@@ -244,6 +245,7 @@ def main() -> None:
     add("--figure", type=Path, help="draw the learning curves there")
     add("--one", nargs=3, metavar=("WORLD", "ROW", "SEED"), help="do one run in this process")
     args = parser.parse_args()
+    args.program = Path(__file__)  # of a single run
     if args.one:
         return run(args.one[0], args.one[1], int(args.one[2]), args)
     failed = run_all(args) if args.report is None else []

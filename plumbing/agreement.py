@@ -5,6 +5,7 @@ far apart the two are is measured on every sampled token (`mismatch`), a run sto
 apart than rounding explains (`check_gap`), and before anything is trained it is shown that a push reaches
 every weight (`verify_sync`). `check_model` compares what scoring computes with the model's own eager pass."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 import fci
 from plumbing import models
+from plumbing.adapters import negated
 from plumbing.nouns import Request
 from plumbing.processes import fork_rng
 from plumbing.projection import token_logps
@@ -37,7 +39,7 @@ def check_gap(gaps: list[np.ndarray], bound: float, when: str, source: str = "ma
 def verify_sync(engine, learner, prompts, bound: float, n_tokens: int = 16) -> float:
     """Prove that a push reaches every weight of the engine: the mean gap on n_tokens per prompt, nats.
 
-    Negates every parameter, pushes, compares the log-probs of sampled tokens with the model's, and does so
+    Negates every weight, pushes, compares the log-probs of sampled tokens with the model's, and does so
     again with the weights as they were. Negating twice is exact, and a tensor that does not arrive has the
     wrong sign for the network around it. Comparing after a real update would prove nothing: at lr 1e-6 it
     moves log-probs less than bf16 does. Rounding moves a negated network further than a trained one, so its
@@ -52,14 +54,13 @@ def verify_sync(engine, learner, prompts, bound: float, n_tokens: int = 16) -> f
         return (logps.cpu() - torch.tensor([x for r in responses for x in r.logps])).numpy()
 
     sampled, gaps = [], []
-    for _ in ("the weights, negated", "the weights"):
-        with torch.no_grad(), fork_rng():
-            for parameter in model.parameters():
-                parameter.neg_()
-            engine.sleep()
-            engine.load(model)
-            sampled.append(engine.generate(requests, learner.temperature))
-        gaps.append(gap_of(sampled[-1]))
+    for weights in (negated(model), nullcontext()):
+        with weights:
+            with torch.no_grad(), fork_rng():
+                engine.sleep()
+                engine.load(model)
+                sampled.append(engine.generate(requests, learner.temperature))
+            gaps.append(gap_of(sampled[-1]))
     before_push = float(np.abs(gap_of(sampled[0])).mean())  # the model has those weights again
     source = "max_engine_gap, or a tenth of the gap to the weights before the push,"
     check_gap([gaps[0]], max(bound, before_push / 10), "after a push of the weights, negated,", source)

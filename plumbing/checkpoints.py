@@ -92,7 +92,8 @@ def provenance() -> dict[str, str]:
 
 def check_room(out: Path, run) -> None:
     """Raises InputError unless the disk holds the checkpoints that will exist at once. run: RunConfig."""
-    size = 12 * shape_of(run.model).parameters  # bytes: fp32 weights and two moments of AdamW
+    s = shape_of(run.model)
+    size = 12 * (run.lora_rank * s.adapters or s.parameters)  # bytes: fp32, and two moments of AdamW
     at_once = min(run.keep_checkpoints + 1, math.ceil(run.steps / run.save_every))  # the oldest goes last
     needed, free = (at_once - len(checkpoints(out))) * size, shutil.disk_usage(out).free
     if free < needed:
@@ -113,8 +114,10 @@ def save_or_stop(out: Path, step: int, *what) -> None:
 
 def save_checkpoint(out: Path, step: int, learner, tokenizer, state: dict, keep: int) -> None:
     """Write checkpoint-STEP aside, then rename it: under its final name a checkpoint is complete. Sharded
-    tensors are saved whole. state: plain JSON, all but weights, optimiser and random state."""
-    weights, optimizer = on_rank_0(learner.model.state_dict()), learner.optimizer.state_dict()
+    tensors are saved whole; frozen ones beside adapters are not. state: plain JSON, all but weights,
+    optimiser and random state."""
+    tensors, optimizer = learner.model.state_dict(), learner.optimizer.state_dict()
+    weights = on_rank_0({name: x for name, x in tensors.items() if ".lora_" in name} or tensors)
     optimizer["state"] = {i: on_rank_0(moments) for i, moments in optimizer["state"].items()}
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -124,7 +127,8 @@ def save_checkpoint(out: Path, step: int, learner, tokenizer, state: dict, keep:
         return
     aside, final = out / "checkpoint.partial", out / f"checkpoint-{step}"
     shutil.rmtree(aside, ignore_errors=True)
-    learner.model.save_pretrained(aside, state_dict=weights)
+    learner.model.save_pretrained(aside, state_dict=weights)  # of adapters: in PEFT's format
+    learner.model.config.save_pretrained(aside)  # transformers would not write it beside adapters
     tokenizer.save_pretrained(aside)
     torch.save({"optimizer": optimizer, "rng": rngs}, aside / "optimizer.pt")
     state = state | {"step": step, "skipped_in_a_row": learner.skipped_in_a_row}

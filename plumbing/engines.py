@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from plumbing.adapters import base_of, need_peft
 from plumbing.models import load_model
 from plumbing.nouns import Request, Response
 from plumbing.processes import rank, shared_out, world_size
@@ -34,6 +35,8 @@ def resolve_engine(name: str) -> str:
 
 def check_engine(machine: MachineConfig) -> None:
     """Raises ValueError where the settings ask for what this machine does not have."""
+    if machine.lora_rank:
+        need_peft()
     chosen = resolve_engine(machine.engine)
     if machine.engine_sleep and not (chosen == "vllm" and torch.cuda.is_available()):
         reason = "this run has no vLLM on a CUDA device: leave it out"
@@ -50,7 +53,12 @@ def make_engine(machine, model_name, tokenizer, model=None, *, max_tokens, seed=
     `model_name`. max_tokens: longest prompt plus its budget. Raises ValueError if vLLM does not start."""
     if resolve_engine(machine.engine) == "vllm":
         knobs = machine.gpu_memory, machine.engine_sleep, machine.tensor_parallel
-        engine, name = VLLMEngine(model_name, tokenizer, max_tokens, seed, *knobs), f"vLLM {VLLM_VERSION}"
+        name, whole_model = f"vLLM {VLLM_VERSION}", model_name
+        while base := base_of(whole_model):  # vLLM does not start from adapters
+            whole_model = base
+        engine = VLLMEngine(whole_model, tokenizer, max_tokens, seed, *knobs)
+        if whole_model != model_name:
+            engine.load(load_model(model_name, device="cpu"))  # the GPU's memory may be vLLM's
     else:
         model, name = (load_model(model_name) if model is None else model), "plain PyTorch"
         engine = TorchEngine(model, tokenizer, autocast=autocast)

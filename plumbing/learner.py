@@ -15,10 +15,11 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fci import PADDING, StepHook
+from plumbing.adapters import adapters_off, add_adapters
 from plumbing.agreement import check_model
 from plumbing.models import load_model
 from plumbing.nouns import Score, Sequence
-from plumbing.processes import rank, shares, total, union, whole, world_size
+from plumbing.processes import average_gradients, rank, shares, total, union, whole, world_size
 from plumbing.projection import collate, response_logps, token_logps
 from plumbing.settings import MachineConfig
 
@@ -84,11 +85,10 @@ def autocast_dtype(machine: MachineConfig) -> torch.dtype | None:
 class Learner:
     """Scores and trains `model`, in place.
 
-    reference: frozen copy of the initial model, or None for losses that need none. temperature: of log-probs.
-    hook(step_ids) measures FCI. grad_clip: largest gradient norm. ValueError for a model it cannot score."""
+    reference: frozen copy of the initial model; the model itself if its adapters are trained; or None for
+    losses that need none. temperature: of log-probs. hook(step_ids) measures FCI. grad_clip: largest norm."""
 
     def __init__(self, model, reference, optimizer, machine, *, temperature=1, hook=StepHook, grad_clip=1):
-        check_model(model)
         self.model, self.reference, self.optimizer, self.machine = model, reference, optimizer, machine
         self.temperature, self.hook, self.grad_clip = temperature, hook, grad_clip
         self.autocast_dtype = autocast_dtype(machine)
@@ -134,6 +134,7 @@ class Learner:
         `response_tokens`; `read`, tokens in the forward passes, and `slots`, with padding; `grad_norm` before
         clipping; `skipped`, 1 if loss or gradient was not finite and weights stay. Or NonFiniteUpdates."""
         sums = total(self.accumulate(sequences, loss, divisors))
+        average_gradients(self.model)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)).item()
         finite = math.isfinite(norm) and math.isfinite(sums["loss"])
         if finite:
@@ -155,12 +156,12 @@ class Learner:
             with self.autocast():
                 ref_logps = None
                 if self.reference is not None:
-                    with torch.no_grad():
+                    with torch.no_grad(), adapters_off(self.reference):
                         ref_logps, _ = self.logps(self.reference, batch)
                 logps, _ = self.logps(self.model, batch)
             losses, logged = loss(logps, ref_logps, **self._per_token(batch))
             divisor = self._flat([[divisors[row]] * len(sequences[row].response_ids) for row in forward.rows])
-            weight = world_size() if forward.counts else 0  # FSDP averages gradients; they are to be summed
+            weight = world_size() if forward.counts else 0  # gradients are averaged, and are to be summed
             (weight * (losses / divisor).sum()).backward()
             sums["slots"] += len(batch) * max(map(len, batch))
             if not forward.counts:
@@ -179,16 +180,23 @@ class Learner:
 
 
 def make_learner(run, method, weights: str) -> Learner:
-    """Model, frozen reference and AdamW, of RunConfig and MethodConfig. weights: directory or hub name."""
-    model, reference = load_model(weights), None
+    """Model, frozen reference and AdamW, of RunConfig and MethodConfig. weights: directory or hub name. With
+    adapters, the model without them is the reference. ValueError for a model that cannot be scored."""
+    computes_in, reference = autocast_dtype(run) or torch.float32, None
+    model = load_model(run.model if run.lora_rank else weights)
+    check_model(model)
+    if run.lora_rank:
+        add_adapters(model, run, computes_in, weights)
     if method.kl_coef:
-        reference = load_model(run.model, autocast_dtype(run) or torch.float32).requires_grad_(False)
+        reference = model if run.lora_rank else load_model(run.model, computes_in).requires_grad_(False)
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    for each in filter(None, (model, reference)):
-        shard(each)
+    if not run.lora_rank:  # adapters are on every process
+        for each in filter(None, (model, reference)):
+            shard(each)
+    trained = [p for p in model.parameters() if p.requires_grad]
     fused = torch.cuda.is_available()  # makes no copy of the state
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=run.weight_decay, fused=fused)
+    optimizer = torch.optim.AdamW(trained, lr=run.lr, weight_decay=run.weight_decay, fused=fused)
     hook = functools.partial(StepHook, delta=method.fci_delta, later=method.fci_later)
     constants = dict(temperature=method.temperature, grad_clip=method.grad_clip)
     return Learner(model, reference, optimizer, run, hook=hook, **constants)

@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers.masking_utils import sdpa_mask
 
 import fci
+from plumbing.adapters import base_of
 
 PROMPT = "{problem} Let's think step by step and output the final answer within \\boxed{{}}."  # the paper's
 ATTENTION = "sdpa_with_step_hook_and_shared_cache"  # the name under which transformers knows `attention`
@@ -46,15 +47,24 @@ def load_tokenizer(model: str):
     return tokenizer
 
 
-def load_model(model: str, dtype: torch.dtype = torch.float32):
-    """Causal language model that FCI can look into, on the GPU if there is one. ValueError if it cannot."""
+def load_model(model: str, dtype: torch.dtype = torch.float32, device: str | None = None):
+    """Causal language model that FCI can look into, its adapters merged. device: by default the GPU if there
+    is one. ValueError if it cannot."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if base := base_of(model):
+        from peft import PeftModel
+
+        try:
+            return PeftModel.from_pretrained(load_model(base, dtype, device), model).merge_and_unload()
+        except ValueError as error:
+            raise ValueError(f"{model!r} holds adapters of {base!r}: {error}") from None
     try:
         loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     except Exception as error:
         raise ValueError(_cannot_load("model", model, error)) from None
     loaded.set_attn_implementation(ATTENTION)  # or it keeps its own, and `check_model` refuses to train it
     loaded.generation_config.do_sample = True  # or transformers would not save a model with a temperature
-    return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return loaded.to(device).eval()
 
 
 def context_length(model: str) -> float:

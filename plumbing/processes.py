@@ -7,7 +7,7 @@ checkpoint is that of a run of one process. With a single process everything her
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -91,9 +91,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def full_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and whole weights, one at a time: all processes must go through them together."""
-    return ((name, whole(weight)) for name, weight in model.state_dict().items())
+def average_gradients(model) -> None:
+    """Give all processes the mean of their gradients; those of sharded weights, FSDP has averaged already."""
+    for gradient in (p.grad for p in model.parameters() if world_size() > 1):
+        if gradient is not None and not isinstance(gradient, DTensor):
+            torch.distributed.all_reduce(gradient)
+            gradient /= world_size()
 
 
 def on_rank_0(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

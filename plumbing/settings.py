@@ -31,6 +31,7 @@ def one_sentence():
 class MachineConfig:
     """What runs where, how precisely and in how much memory. Memory knobs never change a result."""
 
+    lora_rank: int = HfArg(default=0, help="train adapters of this rank on frozen weights; 0: the weights")
     engine: Literal["auto", "torch", "vllm"] = HfArg(default="auto", help="auto: vllm where there is CUDA")
     gpu_memory: float = HfArg(default=0.4, help="share of the GPU that vllm may use")
     engine_sleep: bool = HfArg(default=False, help="vllm hands its GPU memory back during updates; CUDA only")
@@ -47,13 +48,13 @@ class MachineConfig:
 
     def check(self, may_be_zero: set[str]) -> None:
         """Raises ValueError for an impossible number. may_be_zero: fields of a subclass that may be 0."""
-        check_signs(self, may_be_zero | {"threads", "gpu_gb"})
+        check_signs(self, may_be_zero | {"threads", "gpu_gb", "lora_rank"})
         refuse_if(self.gpu_memory > 1, f"gpu_memory is a share of the GPU, at most 1, got {self.gpu_memory}")
 
 
 # A run may be resumed under another value of these: where, how long, on which engine, and memory knobs.
 MAY_CHANGE = set("output_dir same_run steps token_budget save_every keep_checkpoints max_engine_gap".split())
-MAY_CHANGE |= {field.name for field in fields(MachineConfig)} - {"autocast"}
+MAY_CHANGE |= {field.name for field in fields(MachineConfig)} - {"autocast", "lora_rank"}
 
 
 class Parser(HfArgumentParser):

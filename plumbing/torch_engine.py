@@ -11,9 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer
 
+from plumbing.adapters import full_weights
 from plumbing.models import positions, stop_ids
 from plumbing.nouns import Request, Response
-from plumbing.processes import full_weights
 
 ROOM = 64
 KEEP = 3 / 4  # rows that have ended leave a batch when less than this share of it goes on

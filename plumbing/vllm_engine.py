@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from plumbing.adapters import full_weights
 from plumbing.memory_plan import shape_of
 from plumbing.models import stop_ids
 from plumbing.nouns import Request, Response
-from plumbing.processes import full_weights, world_size
+from plumbing.processes import world_size
 from plumbing.torch_engine import check_requests
 
 VLLM_VERSION = "0.32.0"  # what requirements-gpu.txt pins and tests run: its reloading of weights may change

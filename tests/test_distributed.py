@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,13 +27,14 @@ import train
 from attnrl import AttnRL, MethodConfig, Problem
 from eval import grade
 from plumbing import learner as learner_module
+from plumbing.adapters import add_adapters, full_weights
 from plumbing.engines import SharedEngine
 from plumbing.grader import Grader
 from plumbing.learner import Learner, passes, shard
 from plumbing.logs import Clock, Progress, step_metrics
 from plumbing.models import ATTENTION, load_model, load_tokenizer, prompt_ids
 from plumbing.problems import load_problems
-from plumbing.processes import full_weights, rank, whole, world_size
+from plumbing.processes import rank, whole, world_size
 from plumbing.projection import token_logps
 from plumbing.settings import MachineConfig
 from plumbing.torch_engine import TorchEngine
@@ -97,17 +100,22 @@ class Script(SharedEngine):
         return super().generate(requests, **settings)
 
 
-def three_steps(**machine) -> tuple[dict, list[dict], int]:
+def three_steps(lora_rank: int = 0, **machine) -> tuple[dict, list[dict], int]:
     """(weights, metrics, responses handed out by this process) of three steps of training on scripted
-    rollouts."""
+    rollouts; with adapters, which are not sharded, or without."""
     cfg = MethodConfig(**SMALL, max_engine_gap=100)
     tokenizer, model = load_tokenizer(str(TINY)), load_model(str(TINY))
-    reference = load_model(str(TINY)).requires_grad_(False)
+    if lora_rank:
+        torch.manual_seed(rank())  # as engines' seeds are: A must not depend on it
+        run = SimpleNamespace(lora_rank=lora_rank, seed=0, model=str(TINY))
+        add_adapters(model, run, torch.float32, str(TINY))
+    reference = model if lora_rank else load_model(str(TINY)).requires_grad_(False)
     if world_size() > 1:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        shard(model)
-        shard(reference)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.0)
+        for each in () if lora_rank else (model, reference):
+            shard(each)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=4e-3 if lora_rank else 4e-4, weight_decay=0.0)
     learner, engine = Learner(model, reference, optimizer, MachineConfig(**machine)), Script(tokenizer)
     trainer = AttnRL(cfg, engine, learner, Grader(grade), tokenizer.decode)
     problems = load_problems(str(TINY / "train.jsonl"))
@@ -176,6 +184,19 @@ def test_two_processes_reach_the_weights_of_one(two_processes):
 
 
 @pytest.mark.slow
+def test_two_processes_reach_the_adapters_of_one(two_processes):
+    """Data parallel: every process has all adapters, and the same at the end, bit for bit."""
+    pytest.importorskip("peft")
+    expected, _, _ = three_steps(lora_rank=4)
+    base = load_model(str(TINY)).state_dict()
+    found = [load_file(two_processes / f"adapted-{rank_}.safetensors") for rank_ in range(2)]
+    assert max((expected[name] - base[name]).abs().max() for name in base) > 1e-3
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[0][name], weight, atol=1e-5, rtol=0)
+        assert torch.equal(found[0][name], found[1][name])
+
+
+@pytest.mark.slow
 def test_tied_embeddings_can_be_sharded(two_processes):
     found = load_file(two_processes / "tied.safetensors")
     for name, gradient in tied_gradients().items():
@@ -239,6 +260,18 @@ def test_a_rank_that_dies_ends_the_run_and_two_resume_it(tmp_path, uninterrupted
 
 
 @pytest.mark.slow
+def test_a_run_with_adapters_is_begun_by_two_and_resumed_by_one(tmp_path):
+    """Every process samples from a model of its own, with merged weights."""
+    pytest.importorskip("peft")
+    flags = [*SHORT, "--output_dir", tmp_path / "run", "--lora_rank", 4, "--lr", 4e-3]
+    finish(torchrun(ROOT / "train.py", *flags, "--steps", 2))
+    before = records(tmp_path / "run")
+    assert before[-1]["total_updates"] > 1 and all(r["engine_gap_max"] < 1e-4 for r in before[1:])
+    finish([sys.executable, ROOT / "train.py", *map(str, flags), "--steps", "3", "--threads", "1"])
+    assert records(tmp_path / "run")[: len(before)] == before and records(tmp_path / "run")[-1]["step"] == 3
+
+
+@pytest.mark.slow
 def test_one_process_resumes_what_two_began(tmp_path, uninterrupted):
     out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
@@ -279,6 +312,9 @@ if __name__ == "__main__":
 
     learner_module.passes, learner_module.shares = counted_passes, uneven_shares
     out, trained = Path(sys.argv[1]), three_steps(microbatch_tokens=700)
+    if find_spec("peft"):
+        adapted, _, _ = three_steps(lora_rank=4, microbatch_tokens=700)
+        save_file(adapted, out / f"adapted-{rank()}.safetensors")
     tied = tied_gradients()
     written = {"metrics": trained[1], "handed_out": trained[2], "idle": sum(idle)}
     (out / f"metrics-{rank()}.json").write_text(json.dumps(written))

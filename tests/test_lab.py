@@ -4,12 +4,13 @@ curves worked by hand, reports of incomplete results; and the further worlds of 
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import TINY
 
-from experiments import lab, lab_report
+from experiments import lab, lab_report, lora
 from plumbing.logs import Log
 from tiny import make
 from tree import RULES, Measured, branch_points
@@ -40,14 +41,16 @@ def test_points_are_counted_by_kind_and_place():
 def test_a_summary_by_hand(tmp_path):
     records = [
         dict(step=0, test_accuracy=0.4, total_tokens=0),
-        dict(step=1, total_tokens=900, total_updates=1, total_problems=8, valid_sequences=10, mc_valid=0.5),
+        dict(step=1, total_tokens=900, total_updates=1, total_problems=8, valid_sequences=10, mc_valid=0.5)
+        | dict(time_step=1.0),
         dict(step=2, total_tokens=1500, total_updates=3, total_problems=9, valid_sequences=20, mc_valid=None)
-        | dict(test_accuracy=0.6),
+        | dict(test_accuracy=0.6, time_step=2.0),
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (tmp_path / "rollouts.jsonl").write_text("")
     found = lab.summarised(tmp_path)
     assert (found["tokens"], found["updates"], found["accuracy"]) == ([0, 1500], [0, 3], [0.4, 0.6])
+    assert found["seconds_per_step"] == 1.5
     assert (found["problems"], found["steps"], found["tokens_per_useful"], found["mixed"]) == (9, 2, 50, 0.5)
 
 
@@ -142,7 +145,7 @@ def test_every_row_has_a_colour_of_its_own():
 
 def arguments(out, **changed) -> argparse.Namespace:
     given = dict(out=out, worlds=["default"], rows=["GRPO 30", "oracle"], seeds=1, jobs=2)
-    given["known"] = out / "known.jsonl"
+    given |= dict(known=out / "known.jsonl", program=Path(lab.__file__))
     return argparse.Namespace(**given | dict(token_budget=6000, problems=8) | changed)
 
 
@@ -273,3 +276,41 @@ def test_facts_that_the_teacher_has_wrong():
     wrong, known = (next(f for f in FACTS if (f in teacher.wrong) == w) for w in (True, False))
     problems = [make.Problem(value, [("*", factor), ("+", 1)]) for value, factor in (wrong, known)]
     assert [teacher.facts_wrong(problem) for problem in problems] == [[wrong], []]
+
+
+# --- experiments/lora.py
+
+
+def test_the_rate_is_chosen_on_its_own_seeds_and_judged_on_others():
+    """Per rank the one with the largest area over seeds 0 and 1; what other seeds say has no part in it."""
+    rates = {(rank, rate): i for rank in lora.RANKS for i, rate in enumerate(lora.RATES[rank])}
+    best = {0: 1, 1: 2, 4: 0, 16: 1}  # of the three of each
+    runs = []
+    for (rank, rate), i in rates.items():
+        for seed in lora.CHOOSING:
+            accuracy = (0.4, 0.8 if i == best[rank] else 0.7, 0.9)
+            runs.append(run_of(lora.row(rank, rate), seed, accuracy=accuracy, seconds_per_step=2.0))
+        runs.append(run_of(lora.row(rank, rate), 5, accuracy=(0.4, 0.99, 0.99), seconds_per_step=2.0))
+    found = lora.chosen(runs)
+    assert found == {rank: lora.RATES[rank][i] for rank, i in best.items()}
+    for rank in lora.RANKS:
+        for seed in lora.OTHERS[1:3]:
+            accuracy = (0.4, 0.6 + 0.01 * rank, 0.8)
+            row = lora.row(rank, found[rank])
+            runs.append(run_of(row, seed, accuracy=accuracy, seconds_per_step=2.0))
+    tables = lora.report(runs)
+    assert tables.count("| yes |") == 4 and "| rank 16 | 3 |" in tables and "against all weights" in tables
+    for rank in lora.RANKS[1:]:  # frozen weights are all of the rest
+        assert lora.state_bytes(rank) < lora.state_bytes(0) / 2
+
+
+@pytest.mark.slow
+def test_a_run_of_adapters_as_the_study_does_it(tmp_path, monkeypatch):
+    """In a process of its own, which knows the rows of lora.py; a second call finds the summary."""
+    pytest.importorskip("peft")
+    monkeypatch.setattr(lab, "ROWS", lab.ROWS | lora.ROWS)
+    args = arguments(tmp_path, program=Path(lora.__file__))
+    job = ("default", lora.row(4, "4e-3"), 0)
+    assert lab.run_apart(*job, args) is None and lab.complete(*job, args)
+    (summary,) = lab.collect(tmp_path, args.known)
+    assert summary["row"] == "rank 4, lr 4e-3" and summary["accuracy"][-1] > 0.1

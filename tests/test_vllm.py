@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,10 +27,14 @@ if torch.cuda.is_available():
 
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from plumbing import vllm_engine
+from plumbing.adapters import adapted_layers, add_adapters, full_weights
 from plumbing.agreement import EngineMismatch, verify_sync
+from plumbing.engines import make_engine
 from plumbing.models import load_model, load_tokenizer, prompt_ids
 from plumbing.nouns import Request
 from plumbing.projection import token_logps
+from plumbing.settings import MachineConfig
 from plumbing.torch_engine import TorchEngine
 from plumbing.vllm_engine import VLLMEngine
 
@@ -214,12 +219,76 @@ def test_verify_sync_finds_a_stale_engine(prompts, monkeypatch):
 def test_verify_sync_finds_every_tensor_that_does_not_arrive(prompts, monkeypatch):
     """vLLM itself only logs a warning about tensors that a reload leaves out."""
     engine, model = start(TINY), load_model(str(TINY))
-    learner, everything = make_learner(model), model.state_dict
-    for name in everything():
-        all_but_one = lambda name=name: {n: tensor for n, tensor in everything().items() if n != name}
+    learner = make_learner(model)
+    for name in model.state_dict():
+        all_but_one = lambda model, name=name: (pair for pair in full_weights(model) if pair[0] != name)
         engine.load(model)
         with monkeypatch.context() as patch, pytest.raises(EngineMismatch):
-            patch.setattr(model, "state_dict", all_but_one)
+            patch.setattr(vllm_engine, "full_weights", all_but_one)
+            verify_sync(engine, learner, prompts, BOUND)
+            pytest.fail(f"{name} was withheld and not missed")
+
+
+# --- Adapters ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_merged_weights_have_the_trainers_log_probs(synced, prompts, rank):
+    """Biases and tied embeddings are among the models. The push is proved, B being 0 or not."""
+    pytest.importorskip("peft")
+    engine, model, _ = synced
+    base = TorchEngine(load_model(model.name_or_path), load_tokenizer(str(TINY)))
+    add_adapters(model, SimpleNamespace(lora_rank=rank, seed=0, model="base"), torch.float32, "base")
+    learner = make_learner(model)
+    assert verify_sync(engine, learner, prompts, BOUND) < 1e-4
+    for layer in adapted_layers(model):
+        torch.nn.init.normal_(
+            layer.lora_B["default"].weight, std=0.02 * rank**0.5
+        )  # of one size, whatever the rank
+    assert verify_sync(engine, learner, prompts, BOUND) < 1e-4  # the last push is of these
+    requests = [Request(p, 40) for p in prompts]
+    responses = engine.generate(requests, temperature=0)
+    pairs = [(q.prompt_ids, r.ids) for q, r in zip(requests, responses)]
+    with torch.no_grad():
+        expected, _ = token_logps(model, pairs, 1.0, chunk=64)
+        without, _ = token_logps(base.model, pairs, 1.0, chunk=64)
+    gaps = (torch.tensor([x for r in responses for x in r.logps]) - expected).abs()
+    assert gaps.mean() < 1e-5 and gaps.max() < 5e-5  # without adapters, too, a few tokens are above 1e-5
+    assert (without - expected).abs().max() > 0.1
+
+
+def test_an_engine_of_a_checkpoint_with_adapters_has_them_merged(prompts, tmp_path):
+    """As eval.py starts it: vLLM begins with the model that they were added to."""
+    pytest.importorskip("peft")
+    model, tokenizer = load_model(str(TINY)), load_tokenizer(str(TINY))
+    run = SimpleNamespace(lora_rank=4, seed=0, model=str(TINY))
+    add_adapters(model, run, torch.float32, str(TINY))
+    for layer in adapted_layers(model):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    model.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    machine = MachineConfig(engine="vllm", gpu_memory=0.9)
+    ENGINES[tmp_path] = engine = make_engine(machine, str(tmp_path), tokenizer, max_tokens=400)
+    requests = [Request(p, 40) for p in prompts]
+    expected = TorchEngine(model, tokenizer).generate(requests, temperature=0)
+    without = TorchEngine(load_model(str(TINY)), tokenizer).generate(requests, temperature=0)
+    for ours, theirs in zip(engine.generate(requests, temperature=0), expected, strict=True):
+        assert ours.ids == theirs.ids
+        close(ours.logps, theirs.logps)
+    assert [r.ids for r in without] != [r.ids for r in expected]
+
+
+def test_verify_sync_finds_every_merged_tensor_that_does_not_arrive(prompts, monkeypatch):
+    pytest.importorskip("peft")
+    engine, model = start(TINY), load_model(str(TINY))
+    add_adapters(model, SimpleNamespace(lora_rank=4, seed=0, model="base"), torch.float32, "base")
+    learner, names = make_learner(model), [name for name, _ in full_weights(model)]
+    for name in names:
+        all_but_one = lambda model, name=name: (pair for pair in full_weights(model) if pair[0] != name)
+        engine.load(model)
+        with monkeypatch.context() as patch, pytest.raises(EngineMismatch):
+            patch.setattr(vllm_engine, "full_weights", all_but_one)
             verify_sync(engine, learner, prompts, BOUND)
             pytest.fail(f"{name} was withheld and not missed")
 
