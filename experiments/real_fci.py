@@ -54,8 +54,10 @@ class AllVariants:
 def sample(args, tokenizer, model) -> list[dict]:
     """Responses long enough, and the prompts they answer; those in the file first."""
     path = args.out / "samples.jsonl"
-    cut_log(path, len(whole_lines(path)) // args.batch * args.batch)  # a batch that was interrupted
-    done = [json.loads(line) for line in whole_lines(path)]
+    lines = whole_lines(path)
+    kept = len(lines) // args.batch * args.batch
+    cut_log(path, kept)  # a batch that was interrupted goes
+    done = [json.loads(line) for line in lines[:kept]]
     problems = load_problems(args.data)
     engine = TorchEngine(model, tokenizer, batch_tokens=10**9)  # batches are made here
     long = [row for row in done if len(row["ids"]) >= args.min_tokens]

@@ -40,19 +40,18 @@ def open_directory(out: Path, name: str, settings: dict, what: str, may_change: 
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
         HELD.callback(lock.release)
-        kept = path.read_text() if path.exists() else json.dumps(settings, indent=2)
-        write_whole(path, kept)  # in any case, since it shows that there is a place to write to
-        before = json.loads(kept)
+        before = json.loads(path.read_text()) if path.exists() else settings
+        changed = [key for key in settings if before.get(key) != settings[key] and key not in may_change]
+        if not changed:  # in any case, since it shows that there is a place to write to
+            write_whole(path, json.dumps(before | settings, indent=2))
     except Timeout:
         raise InputError(f"{out} is in use by another {what}: wait for it, or {remedy}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot use {out} for the {what} ({error}): mend that, or {remedy}") from None
-    changed = [key for key in settings if before.get(key) != settings[key] and key not in may_change]
     shown = [f"{key} ({before.get(key)} -> {settings[key]})" for key in changed]
     if shown:
         found = f"{'an' if what[0] in 'aeiou' else 'a'} {what} with other settings, {', '.join(shown)}"
         raise InputError(f"{out} holds {found}: use them, or another --output_dir")
-    write_whole(path, json.dumps(before | settings, indent=2))
 
 
 def prepare(out: Path, config: dict, may_change: Collection[str]) -> tuple[Path | None, dict]:
@@ -95,9 +94,8 @@ def provenance() -> dict[str, str]:
 def check_room(out: Path, run) -> None:
     """Raises ValueError unless the disk holds the checkpoints that will exist at once. run: RunConfig."""
     size = 12 * shape_of(run.model).parameters  # bytes: fp32 weights and two moments of AdamW
-    at_once = min(
-        run.keep_checkpoints + 1, math.ceil(run.steps / run.save_every)
-    )  # the oldest is deleted only after the new one is there
+    # The oldest is deleted only after the new one is there.
+    at_once = min(run.keep_checkpoints + 1, math.ceil(run.steps / run.save_every))
     needed, free = (at_once - len(checkpoints(out))) * size, shutil.disk_usage(out).free
     sizes = f"{needed / 1e9:.3g} GB for checkpoints and has {free / 1e9:.3g} GB"
     remedy = "make room, lower --keep_checkpoints, or choose another --output_dir"
@@ -211,9 +209,8 @@ def cut_log(path: Path, n_lines: int) -> None:
 
 def restore(learner, checkpoint: Path, state: dict) -> None:
     """Optimiser and random state; the weights come with the model, and `verify_sync` pushes them."""
-    saved = torch.load(
-        checkpoint / "optimizer.pt", weights_only=True, mmap=world_size() > 1
-    )  # shared in a node
+    shared = world_size() > 1  # the processes of a node map the file once
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, mmap=shared)
     for i, parameter in enumerate(learner.model.parameters()):
         if isinstance(parameter, DTensor):
             moments, placed = saved["optimizer"]["state"].get(i, {}), parameter.placements

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from eval import evaluate
+from plumbing.evaluations import percent
 from plumbing.learner import Learner
 from plumbing.models import load_model, load_tokenizer, prompt_ids
 from plumbing.nouns import Sequence
@@ -33,7 +34,7 @@ from plumbing.torch_engine import TorchEngine
 
 
 def surprisal(logps: torch.Tensor, ref_logps: None) -> tuple[torch.Tensor, dict]:
-    """The loss of supervised training: −log p of each token (N,)."""
+    """The loss of supervised training: −log p of each token (n,)."""
     return -logps, {}
 
 
@@ -80,9 +81,7 @@ def main() -> None:
     engine = TorchEngine(model, tokenizer, autocast=learner.autocast)
     how = dict(samples=1, temperature=0.6, budget=lambda n_prompt: longest)
     found = evaluate(engine, tokenizer, problems, **how)
-    solved = (
-        f"{100 * found['pass@1']:.1f} ± {100 * found['stderr']:.1f} % of {len(problems)} held-out problems"
-    )
+    solved = f"{percent(found['pass@1'], found['stderr'])}% of {len(problems)} held-out problems"
     minutes = (time.perf_counter() - started) / 60
     print(f"wrote {args.out} after {minutes:.0f} min; it solves {solved}, {found['truncated']:.0%} cut off")
 
