@@ -25,12 +25,12 @@ sys.path.insert(0, str(ROOT))
 from attnrl import MethodConfig
 from fci import StepHook, count_scored_steps, fci_of_response, split_steps, step_ids_of
 from plumbing.checkpoints import append, cut_log, open_directory, whole_lines
+from plumbing.engines import make_engine
 from plumbing.learner import Learner
 from plumbing.models import load_model, load_tokenizer, prompt_ids
 from plumbing.nouns import Request, Sequence
 from plumbing.problems import load_problems
 from plumbing.settings import InputError, MachineConfig
-from plumbing.torch_engine import TorchEngine
 from tree import Measured, branch_points
 
 VARIANTS = ["sum", "mean", "window"]
@@ -58,14 +58,15 @@ def sample(args, tokenizer, model) -> list[dict]:
     kept = len(lines) // args.batch * args.batch
     cut_log(path, kept)  # a batch that was interrupted goes
     done = [json.loads(line) for line in lines[:kept]]
-    problems = load_problems(args.data)
-    engine = TorchEngine(model, tokenizer, batch_tokens=10**9)  # batches are made here
+    prompts = [prompt_ids(tokenizer, p["problem"]) for p in load_problems(args.data)]
+    longest, machine = max(map(len, prompts)) + args.max_tokens, MachineConfig(engine=args.engine)
+    engine = make_engine(machine, args.model, tokenizer, model, max_tokens=longest)
     long = [row for row in done if len(row["ids"]) >= args.min_tokens]
     bar = tqdm(total=args.responses, initial=len(long), unit="response")
-    while len(long) < args.responses and len(done) < len(problems):
-        chosen = problems[len(done) : len(done) + args.batch]
+    while len(long) < args.responses and len(done) < len(prompts):
+        chosen = prompts[len(done) : len(done) + args.batch]
         torch.manual_seed(args.seed + len(done))
-        requests = [Request(prompt_ids(tokenizer, p["problem"]), args.max_tokens) for p in chosen]
+        requests = [Request(prompt, args.max_tokens) for prompt in chosen]
         rows = [{"prompt": q.prompt_ids, "ids": r.ids} for q, r in zip(requests, engine.generate(requests))]
         append(path, *rows)
         done += rows
@@ -109,12 +110,14 @@ def main() -> None:
     parser.add_argument("--min_tokens", type=int, default=1000)
     parser.add_argument("--max_tokens", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=64, help="responses sampled at once")
+    parser.add_argument("--engine", choices=["torch", "vllm"], default="torch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/real_fci"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    settings = {name: str(getattr(args, name)) for name in ("model", "data", "max_tokens", "batch", "seed")}
+    decisive = "model", "data", "max_tokens", "batch", "engine", "seed"
+    settings = {name: str(getattr(args, name)) for name in decisive}
     try:
         open_directory(args.out, "settings.json", settings, "sampling")
     except InputError as error:
