@@ -18,42 +18,15 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from fci import ATTENTION
+from plumbing.memory_plan import LiveBytes
 from plumbing.projection import token_logps
 from plumbing.settings import MachineConfig
-
-
-class LiveBytes(TorchDispatchMode):
-    """While active: `peak`, the largest sum of bytes alive at once of tensors made since then.
-
-    `largest` is the most elements of one of them. Counts storages, each once; views and in-place results make
-    none. What a kernel allocates inside is not seen.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.peak, self.largest = {}, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        of = lambda tree: [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-        given = {t.untyped_storage()._cdata for t in of((args, kwargs))}
-        result = func(*args, **(kwargs or {}))
-        for tensor in of(result):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in given:
-                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-                self.largest = max(self.largest, tensor.numel())
-        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-        return result
 
 
 def make_model(vocabulary: int, width: int):

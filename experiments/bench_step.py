@@ -28,7 +28,6 @@ sys.path.insert(0, str(ROOT))
 
 from attnrl import AttnRL, Problem
 from plumbing import logs
-from plumbing.memory_plan import shape_of
 from plumbing.models import load_tokenizer
 from plumbing.problems import load_data, stream
 from train import build, parse_config
@@ -58,10 +57,13 @@ def matmul_peak(device, dtype, size: int = MATMUL) -> float:
     return 2 * size**3 / min(seconds(torch.mm, a, a) for _ in range(5))
 
 
-def forward_flops(shape, lengths: list[int]) -> float:
+def forward_flops(model, lengths: list[int]) -> float:
     """Matrix products of one forward pass over sequences of these lengths."""
-    attention = 2 * shape.layers * shape.heads * shape.head_dim
-    return sum(2 * shape.linear * n + attention * n * n for n in lengths)
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim
+    return sum(2 * linear * n + attention * n * n for n in lengths)
 
 
 def time_reference(learner, clock: logs.Clock) -> None:
@@ -107,7 +109,7 @@ def main() -> None:
         sys.exit(f"error: bench_step times off-policy steps, {remedy}")
     tokenizer = load_tokenizer(run.model)
     problems, _ = load_data(run, cfg, tokenizer)
-    trainer, shape = build(run, cfg, tokenizer, None), shape_of(run.model)
+    trainer = build(run, cfg, tokenizer, None)
     clock = logs.Clock(now)
     time_reference(trainer.learner, clock)
 
@@ -145,7 +147,8 @@ def main() -> None:
 
     peak = matmul_peak(learner.model.device, learner.autocast_dtype)
     passes = 4 if run.gradient_checkpointing else 3  # of the cost of a forward pass each
-    flops = {"update": passes * forward_flops(shape, trained), "score": forward_flops(shape, scored)}
+    model = trainer.learner.model
+    flops = {"update": passes * forward_flops(model, trained), "score": forward_flops(model, scored)}
     for name in flops:
         rate = flops[name] / times[name]
         share = f"{rate / peak:.1%} of the {peak / 1e9:,.0f} of a matrix product"

@@ -47,13 +47,13 @@ sys.path.insert(0, str(ROOT))
 
 from attnrl import policy_loss
 from experiments.bench_fci import DEVICE, LAYERS, ON_GPU, SHAPE, VOCABULARY
-from experiments.bench_logits import LiveBytes
 from experiments.bench_step import forward_flops, matmul_peak, now, seconds, time_reference
 from fci import PADDING, StepHook, fci_of_response, step_ids_of
 from plumbing import logs, memory_plan
 from plumbing.agreement import mismatch, verify_sync
 from plumbing.engines import resolve_engine
 from plumbing.learner import Learner, autocast_dtype, passes
+from plumbing.memory_plan import LiveBytes
 from plumbing.models import ATTENTION, load_tokenizer
 from plumbing.nouns import Request, Sequence
 from plumbing.projection import collate
@@ -103,7 +103,8 @@ def make_model(s: Setting):
 
 def planned_peaks(s: Setting, run) -> dict[str, int]:
     """Bytes of an update and of scoring, by the plan, without the engine's."""
-    rows = memory_plan.plan(s.shape, run, s.method, card=0)
+    measured = memory_plan.measure(run, max(run.microbatch_tokens, s.longest))
+    rows = memory_plan.plan(s.shape, measured, run, s.method, card=0)
     phases = list(zip(*(sizes for name, sizes in rows.items() if not name.startswith("engine"))))
     return {"update": max(map(sum, phases[1:])), "score": sum(phases[0])}
 
@@ -202,6 +203,18 @@ def check_kernel(s: Setting):
     return passed, "; ".join(f"{k}: {', '.join(each) or 'none seen'}" for k, each in names.items()), names
 
 
+def planned_fci(s: Setting, length: int) -> int:
+    """Bytes that the hook needs for one layer, on tensors without memory."""
+    hook, c = StepHook(torch.arange(length)[None] * N_STEPS // length), s.config
+    bf16 = torch.autocast("cpu", torch.bfloat16, enabled=s.run.autocast != "none")
+    heads = c.num_attention_heads, c.num_key_value_heads
+    with memory_plan.FAKE, torch.no_grad(), bf16:
+        query, key = (torch.empty(1, n, length, c.hidden_size // heads[0]) for n in heads)
+        with LiveBytes() as live:
+            hook.add_layer(query, key, None, None)
+    return live.peak
+
+
 def check_fci(s: Setting):
     learner, cells, numbers, passed = make_learner(s), [], {}, True
     for length in s.lengths:
@@ -212,7 +225,7 @@ def check_fci(s: Setting):
         added = int(np.subtract(*[peak_of(learner.score, batch) for batch in batches]))
         pairs = [[seconds(learner.score, batch) for batch in batches] for _ in range(5)]
         ratio, took = median(a / b for a, b in pairs), median(a for a, _ in pairs)
-        planned = s.shape.fci(length)
+        planned = planned_fci(s, length)
         passed = passed and added <= 1.1 * planned
         numbers[length] = dict(ratio=ratio, seconds=took, added_bytes=added, planned_bytes=planned)
         memory = f"{added / 1e6:+,.1f} MB (plan {planned / 1e6:,.1f})"
@@ -273,7 +286,7 @@ def check_speed(s: Setting):
     clock.seconds.clear()
     score, whole_update = seconds(learner.score, batch, True), seconds(update)
     reference = clock.seconds["time_reference"]
-    flops, cells, numbers = forward_flops(s.shape, lengths), [], dict(peak_flops=peak, lengths=lengths)
+    flops, cells, numbers = forward_flops(learner.model, lengths), [], dict(peak_flops=peak, lengths=lengths)
     # What each costs in forward passes: the update's are forward, again for checkpointing, backward twice.
     for name, took, cost in [("score", score, 1), ("reference", reference, 1), ("update", whole_update, 4)]:
         took -= reference if name == "update" else 0

@@ -22,17 +22,18 @@ def token_logps(model, batch, temperature: float, chunk: int, step_hook=None, wi
     step_hook: a StepHook of fci.py that sees the same pass. Returns (logps (N,), entropies (N,) or None),
     fp32, entropies in nats; N = response tokens of the batch."""
     ids = collate([prompt + response for prompt, response in batch], 0, model.device)
-    is_response = collate([[0] * len(p) + [1] * len(r) for p, r in batch], 0, model.device).bool()
+    is_response = collate([[0] * len(p) + [1] * len(r) for p, r in batch], 0, model.device)
+    places = is_response.flatten().nonzero()[:, 0]
     unsharded = functools.partial(response_logps, model)
     forward = getattr(model, "response_logps", unsharded)  # a method where weights are sharded
-    return forward(ids, is_response, temperature, chunk, step_hook, with_entropy)
+    return forward(ids, places, temperature, chunk, step_hook, with_entropy)
 
 
-def response_logps(model, ids, is_response, temperature: float, chunk: int, step_hook, with_entropy: bool):
-    """`token_logps` of tensors: ids (B, L), is_response (B, L) bool."""
+def response_logps(model, ids, places, temperature: float, chunk: int, step_hook=None, with_entropy=False):
+    """`token_logps` of tensors: ids (B, L), places (N,) of response tokens in the flattened ids."""
     extra = {"step_hook": step_hook} if step_hook else {}
     hidden = model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state  # (B, L, D)
-    hidden, targets = hidden[:, :-1][is_response[:, 1:]], ids[is_response]  # (N, D), (N,)
+    hidden, targets = hidden.flatten(0, 1)[places - 1], ids.flatten()[places]  # (N, D), (N,)
 
     def project(h, t):
         logps = (model.get_output_embeddings()(h).float() / temperature).log_softmax(-1)  # (chunk, V)

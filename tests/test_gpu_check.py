@@ -118,10 +118,11 @@ def test_the_kernel_of_fci_alone_is_seen(s, monkeypatch):
 
 
 def test_memory_away_from_the_plan_is_a_failure(s, monkeypatch):
-    plan = gpu_check.memory_plan.Shape
-    monkeypatch.setattr(plan, "layer_inputs", lambda *args: 4_000_000)  # of an update alone
+    measure = gpu_check.memory_plan.measure
+    more_in_updates = lambda *args: [size * factor for size, factor in zip(measure(*args), (1, 2, 2))]
+    monkeypatch.setattr(gpu_check.memory_plan, "measure", more_in_updates)
     assert gpu_check.check_memory(s)[0] is False
-    monkeypatch.setattr(plan, "fci", lambda *args: 0)
+    monkeypatch.setattr(gpu_check, "planned_fci", lambda *args: 0)
     assert gpu_check.check_fci(s)[0] is False
 
 

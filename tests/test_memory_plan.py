@@ -1,8 +1,7 @@
-"""The memory plan against what a small model allocates, on the CPU and to 10%; and no tensor over all tokens
-and the whole vocabulary."""
+"""The memory plan against what small models allocate on the CPU, and against the paper's model by hand; and
+no tensor over all tokens and the whole vocabulary."""
 
 import contextlib
-import dataclasses
 import json
 import re
 
@@ -13,13 +12,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import train
-from experiments.bench_logits import LiveBytes
 from fci import ATTENTION, StepHook
 from plumbing import engines, learner, memory_plan, models
+from plumbing.memory_plan import LiveBytes
 from plumbing.projection import token_logps
 from plumbing.settings import InputError
 
-ROWS, LENGTH = 2, 192  # their product is no width of the model
+ROWS, LENGTH = 1, 384  # their product is no width of the model
 TOKENS, CHUNK = ROWS * LENGTH, 64
 SHAPE = dict(
     hidden_size=128,
@@ -35,8 +34,12 @@ CONFIGS = {
 }
 
 
+def near_to(measured):
+    return pytest.approx(measured, rel=0.02)
+
+
 def near(planned, measured):
-    return planned == pytest.approx(measured, rel=0.1)
+    return planned == near_to(measured)
 
 
 @pytest.fixture(params=CONFIGS)
@@ -62,108 +65,69 @@ def nbytes(tensors):
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def test_weights_gradients_and_moments(model_and_shape):
+def config_of(path, flags):
+    sizes = f"--preset paper --engine torch --logit_chunk {CHUNK} --microbatch_tokens {TOKENS} "
+    sizes += f"--max_prompt_tokens 1 --max_response_tokens {LENGTH}"
+    return train.parse_config(["--model", str(path), *sizes.split(), *flags.split()])
+
+
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+def test_weights_gradients_and_moments(model_and_shape, tmp_path, autocast):
     model, s = model_and_shape
     optimizer = torch.optim.AdamW(model.parameters())
     model(some_ids()).logits.mean().backward()
     optimizer.step()
-    assert s.weights() == nbytes(model.parameters())
-    assert s.weights() == nbytes(p.grad for p in model.parameters())
+    passes = [1, 2, 3]
+    rows = memory_plan.plan(s, passes, *config_of(tmp_path, f"--autocast {autocast}"), card=1e9)
+    weights = nbytes(model.parameters())
+    assert rows["weights, fp32"] == [weights] * 3 and rows["pass over the model"] == passes
+    assert rows["gradients, fp32"] == [0, *[nbytes(p.grad for p in model.parameters())] * 2]
     moments = nbytes(t for state in optimizer.state.values() for t in state.values())
-    assert near(s.moments(), moments)
-    assert s.reference(autocast=True) == nbytes(p.to(torch.bfloat16) for p in model.parameters())
-    assert s.reference(autocast=False) == s.weights()
+    assert near(rows["AdamW's moments, fp32"][0], moments)
+    kept_in = torch.bfloat16 if autocast == "bfloat16" else torch.float32
+    assert rows["reference"] == [nbytes(p.to(kept_in) for p in model.parameters())] * 3
+    without = memory_plan.plan(s, passes, *config_of(tmp_path, "--kl_coef 0"), card=1e9)
+    assert without["reference"] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_kept_for_backward(model_and_shape, autocast, checkpointing):
-    model, s = model_and_shape
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    weights, saved = {p.untyped_storage()._cdata for p in model.parameters()}, []
-
-    def keep(tensor):
-        if tensor.untyped_storage()._cdata not in weights:
-            saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast_to(autocast):
-        hidden = model.base_model(input_ids=some_ids(), use_cache=False).last_hidden_state
-    is_cast = lambda t: t.dtype == torch.bfloat16 and not {TOKENS, LENGTH} & set(t.shape)
-    copies = [t for t in saved if is_cast(t)]
-    picked = hidden.clone()  # what picking response tokens makes
-    activations = [*(t for t in saved if not is_cast(t)), hidden, picked]
-    layers = s.layers * s.layer_activations(TOKENS, autocast)
-    if checkpointing:
-        layers = s.layer_inputs(TOKENS)
-    assert near(layers + s.last_hidden(TOKENS), nbytes(activations))
-    assert near(memory_plan.casts(s.layers * s.layer, autocast and not checkpointing), nbytes(copies))
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_peaks_of_forward_and_backward_through_the_layers(model_and_shape, autocast):
-    model, s = model_and_shape
+def test_passes_without_memory_are_those_with_it(model_and_shape, tmp_path, autocast, checkpointing):
+    """As `Learner` has them, gradients present before: scoring with FCI and entropies, forward, backward."""
+    model, _ = model_and_shape
+    run, _ = config_of(tmp_path, f"--autocast {autocast} --gradient_checkpointing {checkpointing}")
+    planned = memory_plan.measure(run, TOKENS)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    with LiveBytes() as live, torch.no_grad(), autocast_to(autocast):
-        model.base_model(input_ids=some_ids(), use_cache=False)
-    copies = memory_plan.casts(s.layers * s.layer, autocast)
-    assert near(s.layer_forward(TOKENS, autocast) + copies, live.peak)
-
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = [(row[:1].tolist(), row[1:].tolist()) for row in some_ids()]
+    hook = StepHook(torch.arange(LENGTH).expand(ROWS, -1) // memory_plan.STEP_TOKENS)
+    bf16 = autocast == "bfloat16"
+    with LiveBytes() as live, torch.no_grad(), autocast_to(bf16):
+        token_logps(model.eval(), batch, 1.0, CHUNK, hook, with_entropy=True)
+    found = [live.peak]
     with LiveBytes() as live:
-        with autocast_to(autocast):
-            hidden = model.base_model(input_ids=some_ids(), use_cache=False).last_hidden_state
-        loss = hidden.sum()
-        del hidden
-        live.peak = 0
-        loss.backward()
-    planned = s.layer_inputs(TOKENS) + s.layer_activations(TOKENS, autocast)
-    planned += s.layer_backward(TOKENS, autocast) + memory_plan.casts(s.layer, autocast)
-    assert near(planned, live.peak)
-
-
-class Output(torch.nn.Module):
-    """An output layer whose hidden states are given, so that nothing but the projection is measured."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, head, hidden):
-        super().__init__()
-        self.head, self.hidden = head, hidden
-
-    def base_model(self, input_ids, use_cache):
-        return self
-
-    @property
-    def last_hidden_state(self):
-        return self.hidden
-
-    def get_output_embeddings(self):
-        return self.head
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("chunk", [16, 128])  # the weight's gradient and the logits are the larger part
-def test_logits(model_and_shape, autocast, chunk):
-    model, s = model_and_shape
-    head = model.get_output_embeddings()
-    head.weight.grad = torch.zeros_like(head.weight)
-    output = Output(head, torch.randn(1, LENGTH + 1, s.width, requires_grad=True))
-    batch = [([0], some_ids()[0].tolist())]
-    hidden = 2 * 4 * LENGTH * s.width  # picked, and their gradient
-    with LiveBytes() as live, autocast_to(autocast):
-        with torch.no_grad():
-            token_logps(output, batch, 1.0, chunk, with_entropy=True)
-    head_copy = memory_plan.casts(head.weight.numel(), autocast)
-    assert near(s.logits(chunk) + head_copy + hidden // 2, live.peak)
-    with LiveBytes() as live:
-        with autocast_to(autocast):
-            logps, _ = token_logps(output, batch, 1.0, chunk)
+        with autocast_to(bf16):
+            logps, _ = token_logps(model.train(), batch, 1.0, CHUNK)
+        found.append(live.peak)
         live.peak = 0
         logps.sum().backward()
-    assert near(s.logits_backward(chunk, autocast) + hidden, live.peak)
+    assert planned == [near_to(x) for x in [*found, live.peak]]
+
+
+@pytest.mark.parametrize("flags", ["--logit_chunk 16", "--gradient_checkpointing true"])
+def test_a_knob_that_saves_memory_does_so_in_the_plan(model_and_shape, tmp_path, flags):
+    base, saving = (config_of(tmp_path, f"--gradient_checkpointing false {f}")[0] for f in ("", flags))
+    _, forward, backward = memory_plan.measure(base, TOKENS)
+    _, less_forward, less_backward = memory_plan.measure(saving, TOKENS)
+    assert less_forward < 0.95 * forward and less_backward < 0.95 * backward
+
+
+def test_scoring_is_measured_with_fci(model_and_shape, tmp_path):
+    run, _ = config_of(tmp_path, "--logit_chunk 8 --autocast none")
+    with_fci, without = (memory_plan.measure(run, TOKENS, fci) for fci in (True, False))
+    assert with_fci[0] > without[0] and with_fci[1:] == without[1:]
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])
@@ -179,10 +143,10 @@ def test_no_tensor_over_all_tokens_and_the_vocabulary(model_and_shape, with_entr
             (logps.sum() + (entropies.sum() if with_entropy else 0)).backward()
         return live.largest
 
-    assert largest(TOKENS) == TOKENS * s.vocabulary  # so the meter sees it
+    assert largest(TOKENS) == TOKENS * SHAPE["vocab_size"]  # so the meter sees it
     # The output layer's weights, and activations.
-    others = max(s.vocabulary * s.width, ROWS * (LENGTH + 1) * s.mlp)
-    assert largest(CHUNK) <= max(CHUNK * s.vocabulary, others) < TOKENS * s.vocabulary / 2
+    others = max(SHAPE["vocab_size"] * SHAPE["hidden_size"], ROWS * (LENGTH + 1) * SHAPE["intermediate_size"])
+    assert largest(CHUNK) <= max(CHUNK * SHAPE["vocab_size"], others) < TOKENS * SHAPE["vocab_size"] / 2
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -204,19 +168,13 @@ def test_generation_copies_no_keys_for_grouped_queries(masked):
     assert live.largest < key.numel()
 
 
-def test_fci_and_cache(model_and_shape):
+def test_cache(model_and_shape):
     model, s = model_and_shape
-    s12 = dataclasses.replace(s, heads=12, kv_heads=2, head_dim=128)  # of the 1.5B model
-    q, k = (torch.randn(1, n, TOKENS, s12.head_dim) for n in (s12.heads, s12.kv_heads))
-    hook = StepHook(torch.arange(TOKENS)[None] * 60 // TOKENS)
-    with LiveBytes() as live:
-        hook.add_layer(q, k, None, None)
-    assert near(s12.fci(TOKENS), live.peak)
     cache = DynamicCache()
     with torch.no_grad():
         model(some_ids(), past_key_values=cache)
     keys_and_values = nbytes(t for layer in cache.layers for t in (layer.keys, layer.values))
-    assert keys_and_values == TOKENS * s.kv_token(bytes_each=4)
+    assert keys_and_values == TOKENS * s.kv_token * 2  # fp32
 
 
 def test_fci_under_autocast_casts_a_key_before_its_heads_share_it():
@@ -231,27 +189,6 @@ def test_fci_under_autocast_casts_a_key_before_its_heads_share_it():
     assert peaks[1] < 0.9 * peaks[0]  # 43 bytes per token and width of a head, against 53; copies: 65
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_peak_of_a_whole_microbatch(model_and_shape, checkpointing):
-    """As `Learner.accumulate` has it, gradients present before: the largest column of the plan."""
-    model, s = model_and_shape
-    flags = f"--preset paper --engine torch --autocast none --gradient_checkpointing {checkpointing} "
-    flags += f"--logit_chunk {CHUNK} --microbatch_tokens {TOKENS} "
-    flags += f"--max_prompt_tokens 1 --max_response_tokens {LENGTH}"
-    rows = memory_plan.plan(s, *train.parse_config(flags.split()), card=1e9)
-    state = sum(max(rows.pop(name)) for name in ("weights", "AdamW's moments", "reference", "gradients"))
-    assert state == 5 * s.weights()
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    batch = [(row[:1].tolist(), row[1:].tolist()) for row in some_ids()]
-    with LiveBytes() as live:
-        logps, _ = token_logps(model, batch, 1.0, CHUNK)
-        logps.sum().backward()
-    assert near(max(sum(column) for column in list(zip(*rows.values()))[1:]), live.peak)
-
-
 def test_plan_needs_no_weights_and_reads_no_data(model_and_shape, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "load_data", lambda *args: pytest.fail("read data"))
     for module in (learner, engines):
@@ -262,21 +199,16 @@ def test_plan_needs_no_weights_and_reads_no_data(model_and_shape, tmp_path, monk
     assert "fits: " in printed and "bytes per token" in printed and not (tmp_path / "run").exists()
 
 
-def test_plan_of_the_papers_model(tmp_path, capsys):
+PAPERS = dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12)
+PAPERS |= dict(num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=False)
+
+
+def test_plan_of_the_papers_model(tmp_path, capsys, monkeypatch):
     """By hand: 1.777 B parameters; a cache of 0.4 x 80 GB less 3.55 GB, 28,672 bytes per token."""
-    shape = dict(
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-    )
-    config = Qwen2Config(
-        **shape, vocab_size=151936, tie_word_embeddings=False, max_position_embeddings=131072
-    )
-    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(memory_plan, "measure", lambda run, n_tokens: [int(5e9), int(8e9), int(7e9)])
+    Qwen2Config(**PAPERS, max_position_embeddings=131072).save_pretrained(tmp_path)
     s = memory_plan.shape_of(str(tmp_path))
-    assert s.parameters == 1_777_088_000 and s.kv_token() == 28 * 2 * 2 * 128 * 2
+    assert s.parameters == 1_777_088_000 and s.kv_token == 28 * 2 * 2 * 128 * 2
     train.train(*train.parse_config(["--model", str(tmp_path), "--plan", "--gpu_gb", "80"]))
     printed = capsys.readouterr().out
     assert f"so {(32_000_000_000 - 2 * s.parameters) // 28672:,} tokens" in printed
@@ -290,6 +222,21 @@ def test_plan_of_the_papers_model(tmp_path, capsys):
     assert re.search(r"engine: weights, bf16 +1.8 ", printed)  # of 3.6 GB, half on each card
     train.train(*train.parse_config([*two[:-2], "--gpu_memory", "0.045"]))
     assert "does not fit: vLLM's cache holds no response" in capsys.readouterr().out
+
+
+def test_passes_of_the_papers_model_by_hand(tmp_path):
+    """At full length: bf16 copies of the linear layers, and of each layer its input, fp32; a chunk's
+    log-probs, probabilities and their product. Scoring keeps no inputs."""
+    Qwen2Config(**PAPERS).save_pretrained(tmp_path)
+    run, _ = train.parse_config(["--model", str(tmp_path)])
+    D, M, layers, words, n_tokens = 1536, 8960, 28, 151936, 9216
+    linear = layers * (2 * D * D + 2 * D * 256 + 3 * D * M) + words * D
+    copies, inputs, logits = 2 * linear, layers * D * 4 * n_tokens, 1024 * words * 4
+    scoring, forward, backward = memory_plan.measure(run, n_tokens)
+    assert copies + 3 * logits < scoring < 1.1 * (copies + 3 * logits)
+    hidden = 4 * D * 4 * n_tokens  # the last norm's input, x / rms(x), output, and the response tokens'
+    assert near(forward, copies + inputs + hidden + 2 * logits)
+    assert near(backward, inputs + hidden + 3 * logits + 2 * 2 * words * D)
 
 
 def test_a_plan_without_config_is_refused(tmp_path):
