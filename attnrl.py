@@ -214,14 +214,14 @@ class AttnRL:
         self.rng = np.random.default_rng(seed)
         self.pending: list[Problem] = []  # sampled and planned, not yet branched
 
-    def step(self, new: list[Problem], clock) -> tuple[list[Problem], list[dict[str, float]]]:
-        """Sample `new`, train on the batch due; return that batch, and the learner's report of each update.
+    def step(self, problems: list[Problem], clock) -> tuple[list[Problem], list[dict[str, float]]]:
+        """Sample `problems`; train on the batch due, and return it with the learner's report of each update.
 
         Off-policy, due is what the last call sampled: at first nothing. `with clock(name)` times a part.
         """
         cfg, updates = self.cfg, []
-        batch, self.pending = (self.pending, new) if cfg.off_policy else (new, [])  # batch: to be trained on
-        passes = [(new, batch)] if cfg.off_policy else [(new, []), ([], batch)]
+        batch, self.pending = (self.pending, problems) if cfg.off_policy else (problems, [])
+        passes = [(problems, batch)] if cfg.off_policy else [(problems, []), ([], batch)]
         for new, due in passes:
             with clock("generate"):  # 1. initial responses of the new problems, continuations of those due
                 fresh = self.generate(new, due)
@@ -232,19 +232,19 @@ class AttnRL:
             self.record(fresh, rewards, scores)
             for problem in new:  # 4. where the next step will branch (Eq. 7-9)
                 self.plan(problem)
-            useful = [problem for problem in due if problem.mixed() or not cfg.drop_zero_advantage]
-            for problem in useful:  # 5. the tree (Eq. 2, 3)
+            trained = [problem for problem in due if problem.mixed() or not cfg.drop_zero_advantage]
+            for problem in trained:  # 5. the tree (Eq. 2, 3)
                 self.set_advantages(problem)
-            if useful:  # 6. the loss (Eq. 1)
+            if trained:  # 6. the loss (Eq. 1)
                 self.engine.sleep()
                 with clock("update"):
-                    updates += self.update(useful)
+                    updates += self.update(trained)
                 with clock("push"):
                     self.engine.load(self.learner.model)
             if due and cfg.adaptive_batch:  # 7. the size of the next batch (Eq. 10)
-                n_useful = sum(any(r.advantages) for problem in due for r in problem.rollouts)
+                n_valid = sum(any(r.advantages) for problem in due for r in problem.rollouts)
                 bounds = cfg.min_batch_size, cfg.max_batch_size
-                self.sampler.resize(cfg.target_sequences, n_useful, cfg.batch_decay, *bounds)
+                self.sampler.resize(cfg.target_sequences, n_valid, cfg.batch_decay, *bounds)
         return batch, updates
 
     def generate(self, new: list[Problem], due: list[Problem]) -> list[tuple[Problem, Rollout]]:
@@ -315,9 +315,9 @@ class AttnRL:
         for rollout, advantages in zip(problem.rollouts, advantages_of(leaves)):
             rollout.advantages = advantages.tolist()
 
-    def update(self, useful: list[Problem]) -> list[dict[str, float]]:
+    def update(self, trained: list[Problem]) -> list[dict[str, float]]:
         """One optimiser step per minibatch of problems, in random order; the learner's report of each."""
-        reports, shuffled = [], [useful[i] for i in self.rng.permutation(len(useful))]
+        reports, shuffled = [], [trained[i] for i in self.rng.permutation(len(trained))]
         for minibatch in minibatches(shuffled, self.cfg.minibatch_sequences):
             pairs = [(problem, rollout) for problem in minibatch for rollout in problem.rollouts]
             sequences = [Sequence(p.prompt_ids, r.ids, per_token=r.for_loss()) for p, r in pairs]

@@ -64,12 +64,12 @@ class AdaptiveSampler:
         self.fci_count += 1
         return passes
 
-    def resize(self, target: int, useful: int, decay: float, smallest: int, largest: int) -> None:
+    def resize(self, target: int, valid: int, decay: float, smallest: int, largest: int) -> None:
         """Set the next batch size (Eq. 10) from the target B' and the number B'' of sequences with non-zero
         advantage.
 
-        No useful sequence at all counts as one: the batch grows to its bound.
+        No valid sequence at all counts as one: the batch grows to its bound.
         """
-        ratio = target / max(useful, 1)  # B' / B''
+        ratio = target / max(valid, 1)  # B' / B''
         size = round(decay * self.batch_size + (1 - decay) * ratio * self.batch_size)  # Eq. 10
         self.batch_size = min(max(size, smallest), largest)
