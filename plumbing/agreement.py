@@ -104,7 +104,10 @@ def check_model(model) -> None:
             model(input_ids=ids, use_cache=False, step_hook=SimpleNamespace(add_layer=see))
         reason = f"its attention implementation is {attention!r}, which takes no hook"
         refuse_if(not alphas, f"{name} cannot be scored by FCI: {reason}")
-        ours, _ = token_logps(model, [([1], list(range(2, 9)))], temperature=1.0, chunk=1024)
+        batch = [([1], list(range(2, 9)))]
+        trained, ours = (token_logps(model.train(mode), batch, 1.0, chunk=1024)[0] for mode in (True, False))
+        does = "uses dropout: what is trained would not be what sampled. Set it to 0 in its config.json"
+        refuse_if(not torch.allclose(ours, trained, atol=1e-2), f"{name} {does}")
         model.set_attn_implementation("eager")
         eager = model(input_ids=ids, use_cache=False, output_attentions=True)
         model.set_attn_implementation(attention)

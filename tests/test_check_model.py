@@ -2,7 +2,7 @@
 
 import pytest
 from helpers import CONFIGS, SHAPE, VOCABULARY, random_model
-from transformers import BloomConfig, Gemma2Config, StableLmConfig
+from transformers import BloomConfig, Gemma2Config, LlamaConfig, StableLmConfig
 
 import fci
 from fci import ATTENTION
@@ -33,6 +33,7 @@ def test_check_model_accepts_what_is_scored_right(name, attention):
             "StableLmForCausalLM .* is 'sdpa_with_step_hook'",
         ),
         (Gemma2Config(**GEMMA2), "attention sinks"),
+        (LlamaConfig(**SHAPE, attention_dropout=0.5), "LlamaForCausalLM uses dropout"),
         (Gemma2Config(**GEMMA2, attn_logit_softcapping=None, final_logit_softcapping=0.1), "its logits"),
     ],
 )
