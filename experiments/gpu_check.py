@@ -8,8 +8,8 @@ The model is random, of the 1.5B shape. Prints a line per check, writes all numb
 with 1 if a check fails. A check that raises has failed; the others still run. "measured": there is no bound.
 
     kernel   attention kernels of passes that score and train; fails if one writes L x L matrices
-    fci      time of scoring with FCI over that without; the memory that FCI adds, at most what the plan says
-    memory   peaks of an update and of scoring at the longest length, within 10 % of the rows of `--plan`
+    fci      time of scoring with FCI over that without; the memory that FCI adds, at most its tensors'
+    memory   peaks of an update and of scoring at the longest length, beyond weights, within 10 % of `--plan`
     bf16     log-probs, gap to fp32 at most max_engine_gap; branch points that are the same
     speed    tokens/s of score, reference and update, and their share of a matrix product's peak (measured)
     shapes   shapes of the passes over 384 responses, and what the first call of one costs (measured)
@@ -102,18 +102,19 @@ def make_model(s: Setting):
 
 
 def planned_peaks(s: Setting, run) -> dict[str, int]:
-    """Bytes of an update and of scoring, by the plan, without the engine's."""
-    measured = memory_plan.measure(run, max(run.microbatch_tokens, s.longest))
-    rows = memory_plan.plan(s.shape, measured, run, s.method, card=0)
-    phases = list(zip(*(sizes for name, sizes in rows.items() if not name.startswith("engine"))))
-    return {"update": max(map(sum, phases[1:])), "score": sum(phases[0])}
+    """Bytes of an update and of scoring, by the plan: beyond what lasts, and what lasts."""
+    scoring, *update = memory_plan.measure(run, max(run.microbatch_tokens, s.longest))
+    rows = memory_plan.plan(s.shape, [0, 0, 0], run, s.method, card=0)
+    lasting = [sum(sizes) for sizes in zip(*(x for name, x in rows.items() if not name.startswith("engine")))]
+    return {"update": lasting[1] - lasting[0] + max(update), "score": scoring, "state": lasting[0]}
 
 
 def make_learner(s: Setting, trains: bool = False, **knobs) -> Learner:
     """As that of plumbing/learner.py. trains: with reference and optimiser. knobs: fields of s.run."""
     run, reference, optimizer = replace(s.run, **knobs), None, None
     if trains and ON_GPU:
-        free, needed = torch.cuda.mem_get_info()[0], 1.1 * planned_peaks(s, run)["update"]
+        free, planned = torch.cuda.mem_get_info()[0], planned_peaks(s, run)
+        needed = 1.1 * (planned["update"] + planned["state"])
         if free < needed:
             raise Skipped(f"needs {needed / 1e9:.0f} GB, and {free / 1e9:.0f} are free")
     model = make_model(s)
@@ -244,11 +245,11 @@ def check_memory(s: Setting):
     tensors = [*learner.model.parameters(), *learner.reference.parameters()]
     tensors += [t for moments in learner.optimizer.state.values() for t in moments.values()]
     state = sum(t.nbytes for t in tensors)
-    found = {"update": state + peak_of(update), "score": state + peak_of(learner.score, batch, True)}
+    found = {"update": peak_of(update), "score": peak_of(learner.score, batch, True), "state": state}
     of_plan = {name: found[name] / planned[name] for name in found}
     cells = [f"{k} {found[k] / 1e9:.3g} GB, {of_plan[k]:.1%} of the plan" for k in found]
-    numbers = dict(measured_bytes=found, planned_bytes=planned, state_bytes=state, tokens=s.longest)
-    line = f"{'; '.join(cells)}; {state / 1e9:.3g} GB of it weights, moments, reference"
+    numbers = dict(measured_bytes=found, planned_bytes=planned, tokens=s.longest)
+    line = f"{'; '.join(cells)} (weights, moments, reference)"
     return all(0.9 <= share <= 1.1 for share in of_plan.values()), line, numbers
 
 

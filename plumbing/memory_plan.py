@@ -2,10 +2,11 @@
 
 What has a fixed size is counted: weights, moments, gradients, the engine's cache. What a pass over the model
 needs beyond that is measured: it runs, at full size, on tensors that have shapes and no memory (torch's
-FakeTensorMode), and the bytes of those alive at once are added up. So no formula has to follow a family of
-models or a change of the code. Not counted: what kernels allocate inside, fragmentation, the CUDA context
-and NCCL, together a few GB. 1 GB = 1e9 bytes."""
+FakeTensorMode), and the bytes of those alive at once are added up. They are on the CPU, whose kernels and
+autocast make the tensors that CUDA's make where attention is fused, as it is in bf16. Not counted: what
+kernels allocate inside, fragmentation, the CUDA context and NCCL, together a few GB. 1 GB = 1e9 bytes."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,23 +15,27 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import sdpa_mask
 
 from fci import StepHook, attention
 from plumbing.models import loading
 from plumbing.projection import response_logps
-from plumbing.settings import one_sentence
+from plumbing.settings import InputError, one_sentence
 
 FP32, BF16 = 4, 2  # bytes per number
 TORCH_BATCH_TOKENS = 32768  # TorchEngine's batch_tokens
 STEP_TOKENS = 64  # of a step, when scoring is measured
-FAKE = FakeTensorMode(allow_non_fake_inputs=True)
-WITHOUT_MASK = "causal_without_mask"  # fci.py's attention; for tensors without values an L x L mask is made
-AttentionInterface.register(WITHOUT_MASK, attention)
-AttentionMaskInterface.register(WITHOUT_MASK, lambda *args, **kwargs: None)
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)  # such as the hook's step ids
+# fci.py's attention, with a mask for a sliding window only. transformers leaves a causal one out when it has
+# seen that nothing is padded; tensors without values cannot show that.
+ATTENTION = "sdpa_of_fake_tensors"
+AttentionInterface.register(ATTENTION, attention)
+is_window = lambda how: (how.get("local_size") or math.inf) < how["kv_length"]
+AttentionMaskInterface.register(ATTENTION, lambda **how: sdpa_mask(**how) if is_window(how) else None)
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active: `peak`, the largest sum of bytes alive at once of tensors made since then.
+    """While active: `peak`, the largest sum of bytes alive at once, of tensors made since it was entered.
 
     `largest` is the most elements of one of them. Counts storages, each once; views and in-place results make
     none. What a kernel allocates inside is not seen."""
@@ -66,15 +71,15 @@ class Shape:
 
     def at_once(self, cache: int, longest: int) -> int:
         """Responses that vLLM samples at once: twice what its cache holds at full length, since those under
-        way have half of it on average. Of more it would drop some and read them again. Its default: 1,024."""
+        way have half of that on average, at most its default of 1,024. With more, the cache would run full,
+        and vLLM would drop some and read them again."""
         return min(1024, max(1, 2 * cache // (self.kv_token * longest)))
 
 
 def fake_model(name: str):
     """The model of a directory or hub name, its weights fp32 and without memory. Raises InputError."""
     with one_sentence(), loading("the config.json of a causal language model", name), FAKE:
-        how = dict(attn_implementation=WITHOUT_MASK, dtype=torch.float32)
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), **how)
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=torch.float32)
 
 
 def shape_of(name: str) -> Shape:
@@ -86,12 +91,26 @@ def shape_of(name: str) -> Shape:
     return Shape(model.num_parameters(), 2 * BF16 * text.num_hidden_layers * kv_heads * head_dim)
 
 
-def measure(run, n_tokens: int, with_fci: bool = True) -> list[int]:
+def measure(run, n_tokens: int) -> list[int]:
     """Bytes at the peaks of scoring, a forward pass, and its backward pass, beyond weights and gradients.
 
-    run: RunConfig. n_tokens: of a pass. Raises InputError."""
-    model, step_ids = fake_model(run.model), torch.arange(n_tokens)[None] // STEP_TOKENS
-    hook = StepHook(step_ids) if with_fci else None  # reads a number off a tensor, which a fake one has not
+    run: RunConfig. n_tokens: of a pass. Raises InputError for a model that needs values on the way, as some
+    mixtures of experts do, or that FCI cannot look into."""
+    model, hook = fake_model(run.model), StepHook(torch.arange(n_tokens)[None] // STEP_TOKENS)
+    try:
+        return peaks_of_passes(model, hook, run, n_tokens)
+    except Exception as error:  # torch's, transformers' and fci.py's kinds
+        reason = " ".join(str(error).split())[:150]
+        what = f"no plan for {run.model!r}: a pass on tensors without values failed"
+        raise InputError(f"{what} ({type(error).__name__}: {reason})") from error
+
+
+def peaks_of_passes(model, hook: StepHook, run, n_tokens: int) -> list[int]:
+    """`measure` of a fake model. The hook was made outside FAKE: it reads a value."""
+    model.set_attn_implementation(ATTENTION)
+    for module in model.modules():
+        if hasattr(module, "rope_type"):
+            module.rope_type = "default"  # others read positions, and make tensors of the same sizes
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with FAKE:
@@ -101,6 +120,7 @@ def measure(run, n_tokens: int, with_fci: bool = True) -> list[int]:
             parameter.grad = torch.empty_like(parameter)
         with LiveBytes() as scoring, torch.no_grad(), autocast:
             response_logps(model.eval(), ids, places, 1.0, run.logit_chunk, hook, with_entropy=True)
+            hook.fci()
         with LiveBytes() as update:
             with autocast:
                 logps, _ = response_logps(model.train(), ids, places, 1.0, run.logit_chunk)
@@ -116,7 +136,7 @@ def plan(s: Shape, passes: list[int], run, method, card: float) -> dict[str, lis
     """Bytes of every part in each of PHASES. passes: what `measure` returns. run, method: RunConfig,
     MethodConfig. card: bytes of GPU memory.
 
-    In a column all rows count as alive at once. Sampling and scoring take turns, so the first is too high."""
+    In a column all rows count as alive at once; the plain engine's cache is gone before scoring, though."""
     longest, master = method.max_prompt_tokens + method.max_response_tokens, FP32 * s.parameters
     reference = (FP32 if run.autocast == "none" else BF16) * s.parameters if method.kl_coef else 0
     always = lambda size: [size] * 3
@@ -159,10 +179,10 @@ def report(run, method) -> str:
         room, limit = cache // s.kv_token, s.at_once(cache, longest)
         held = f"{room // longest} responses of {longest:,} tokens; {limit} are sampled at once"
         lines.append(f"cache: {s.kv_token:,} bytes per token, so {room:,} tokens, or {held}")
-        if room < longest:
-            return "\n".join([*lines, "does not fit: vLLM's cache holds no response, raise --gpu_memory"])
     worst = totals.index(max(totals))
     left, peak = (card - totals[worst]) / 1e9, PHASES[worst]
+    if left >= 0 and run.engine != "torch" and room < longest:
+        return "\n".join([*lines, "does not fit: vLLM's cache holds no response, raise --gpu_memory"])
     if left >= 0:
         return "\n".join([*lines, f"fits: {left:.1f} GB are left at the peak ({peak})"])
     lines.append(f"does not fit: {-left:.1f} GB too much at the peak ({peak})")
@@ -171,6 +191,6 @@ def report(run, method) -> str:
     rest = [total - part for total, part in zip(totals, sharded)]
     if max(rest) < card:
         cards = max(-(-part // int(card - other)) for part, other in zip(sharded, rest))
-        room = f"over {cards} cards (FSDP) would make room, but for the layer it gathers"
+        room = f"over {cards} cards (FSDP), and more for the layers that it gathers, would make room"
         lines.append(f"sharding weights, moments, reference and gradients {room}")
     return "\n".join(lines)
