@@ -105,8 +105,7 @@ def load_data(run, method, tokenizer) -> tuple[list[dict], dict[str, list[dict]]
 
 def stream(problems: list[dict], seed: int, start: int, stop: int) -> list[dict]:
     """Problems start to stop of an endless stream that visits all of them in a new order in each epoch."""
-    n, found = len(problems), []
-    for epoch in range(start // n, stop // n + 1):
-        order = np.random.default_rng([seed, epoch]).permutation(n)
-        found += [problems[i] for i in order[max(0, start - epoch * n) : stop - epoch * n]]
-    return found
+    n = len(problems)
+    epochs = range(start // n, stop // n + 1)
+    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs])
+    return [problems[i] for i in order[start % n : start % n + stop - start]]
