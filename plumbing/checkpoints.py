@@ -35,11 +35,10 @@ def open_directory(out: Path, name: str, settings: dict, what: str, may_change: 
 
     Keeps other processes out until this one ends, or `closing_directories` does. Raises InputError where it
     is in use, cannot be written to, or holds one with other settings, apart from those in `may_change`."""
-    path, lock, remedy = out / name, FileLock(out / "lock"), "choose another --output_dir"
+    path, remedy = out / name, "choose another --output_dir"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
-        HELD.callback(lock.release)
+        HELD.enter_context(FileLock(out / "lock", blocking=False))
         before = json.loads(path.read_text()) if path.exists() else settings
         changed = [key for key in settings if before.get(key) != settings[key] and key not in may_change]
         if not changed:  # in any case, since it shows that there is a place to write to
