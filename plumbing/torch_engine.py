@@ -44,11 +44,9 @@ class RoomyLayer(DynamicLayer):
 def check_requests(requests: list[Request], context: float) -> None:
     """Raises ValueError in one sentence for a request that no model with so many positions can serve."""
     for r in requests:
-        if not r.prompt_ids:
-            raise ValueError("a request has an empty prompt: give it at least one token to start from")
-        if r.max_new_tokens < 1 or len(r.prompt_ids) + r.max_new_tokens > context:
+        if not r.prompt_ids or r.max_new_tokens < 1 or len(r.prompt_ids) + r.max_new_tokens > context:
             sizes = f"a prompt of {len(r.prompt_ids)} tokens with a budget of {r.max_new_tokens}"
-            limits = f"the budget must be at least 1, and both at most the {context} the engine holds"
+            limits = f"neither may be empty, and both together at most the {context} the engine holds"
             raise ValueError(f"{sizes} cannot be served: {limits}")
 
 
@@ -75,10 +73,8 @@ class TorchEngine:
 
     @torch.no_grad()
     def generate(self, requests: list[Request], temperature=1.0, top_p=1.0) -> list[Response]:
-        """Sample one response per request, in the order of the requests. temperature 0 is greedy.
-
-        Log-probabilities are of the distribution that was sampled from, temperature and top-p included.
-        Raises ValueError in one sentence for a request that cannot be served."""
+        """Sample one response per request, in the order of the requests. temperature 0 is greedy. Log-probs
+        are those of `draw`. Raises ValueError as `check_requests` does."""
         check_requests(requests, positions(self.model.config))
         self.model.eval()
         responses: dict[int, Response] = {}
