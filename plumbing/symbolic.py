@@ -38,18 +38,13 @@ class SymbolicChecker:
         if max(len(gold), len(answer)) > MAX_ANSWER_CHARS:
             return False
         with self._free:
-            worker, reply = self._take(), ""
-            try:
-                question = json.dumps([gold, answer])  # ASCII: escapes lone surrogates and NUL too
-                reply = self._ask(worker, question, TIME_LIMIT)
-            finally:
-                with self._lock:
-                    self.timeouts += not reply
-                    if reply:
-                        self._idle.append(worker)
-                if not reply:  # or Ctrl-C: a late reply must not answer the next question
-                    worker.kill()
-                    worker.communicate()  # closes the pipes, waits for the end
+            worker = self._take()
+            question = json.dumps([gold, answer])  # ASCII: escapes lone surrogates and NUL too
+            reply = self._ask(worker, question, TIME_LIMIT)
+            with self._lock:
+                self.timeouts += not reply
+                if reply:
+                    self._idle.append(worker)
         if not reply:
             limits = f"{TIME_LIMIT} s and {MEMORY_LIMIT >> 30} GiB"
             raise TimeoutError(f"no verdict on {answer[:60]!r} within {limits}")
@@ -72,17 +67,20 @@ class SymbolicChecker:
 
     @staticmethod
     def _ask(worker: subprocess.Popen, question: str, limit: float) -> str:
-        """The worker's next line; "" if it dies, or does not answer within the limit and some grace."""
-        clock = threading.Timer(limit + GRACE, worker.kill)
+        """The worker's next line; "" if it dies, or is ended as it does not answer within limit and grace."""
+        clock, reply = threading.Timer(limit + GRACE, worker.kill), ""
         clock.start()
         try:
             with contextlib.suppress(OSError):  # the worker has died
                 worker.stdin.write(question + "\n")
                 worker.stdin.flush()
-                return worker.stdout.readline()
-            return ""
+                reply = worker.stdout.readline()
         finally:
             clock.cancel()
+            if not reply:  # or Ctrl-C: a late reply must not answer the next question
+                worker.kill()
+                worker.communicate()  # closes the pipes, waits for the end
+        return reply
 
 
 def serve_symbolic() -> None:
