@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import sdpa_mask
 
@@ -42,7 +42,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.alive, self.peak, self.largest = {}, 0, 0
+        self.alive, self.peak, self.largest = WeakIdKeyDictionary(), 0, 0  # alive: bytes of storages
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         of = lambda tree: [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
@@ -51,10 +51,9 @@ class LiveBytes(TorchDispatchMode):
         for tensor in of(result):
             storage = tensor.untyped_storage()
             if storage._cdata not in given:
-                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self.alive[storage] = storage.nbytes()
                 self.largest = max(self.largest, tensor.numel())
-        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        self.peak = max(self.peak, sum(self.alive.values()))
         return result
 
 
