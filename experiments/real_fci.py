@@ -6,7 +6,7 @@ Samples one response per problem at temperature 1 until enough have `--min_token
 batch, so the same command goes on), scores each with FCI as the paper defines it, as a mean over later steps,
 and over a window of them (train.py's `--fci_later`), and prints per variant: the correlation of FCI with a
 step's position, where branch points fall, and how many of them are those of the rule that takes the earliest
-steps.
+steps. The last row branches at random, to compare with.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from plumbing.settings import InputError, MachineConfig
 from tree import Measured, branch_points
 
 VARIANTS = ["sum", "mean", "window"]
+CONTROL = "(at random)"
 
 
 class AllVariants:
@@ -79,26 +80,27 @@ def sample(args, tokenizer, model) -> list[dict]:
 
 
 def measure(row: dict, tokenizer, learner: Learner, cfg: MethodConfig) -> dict[str, dict] | None:
-    """Of one response, per variant: correlation of FCI with position, place of branch points, overlap with
-    the earliest steps. None where in any variant fewer than three steps have FCI > 0, or none is branched."""
+    """Of one response, per variant and for the control: correlation of FCI with position, place of branch
+    points, overlap with the earliest steps. None where anywhere fewer than three steps have FCI > 0, or none
+    is branched."""
     texts = [tokenizer.decode([i]) for i in row["ids"]]
     steps = split_steps(texts)
     n_scored, starts = count_scored_steps(texts, steps), [start for start, _ in steps]
     sequence = Sequence(row["prompt"], row["ids"], step_ids_of(len(row["prompt"]), steps))
     how = cfg.n_branch_points, cfg.branch_quantile, cfg.min_branch_gap, np.random.default_rng(0)
     score, found = learner.score([sequence], True, partial(AllVariants, delta=cfg.fci_delta))[0], {}
-    for later, of_steps in zip(VARIANTS, score.fci.T):
+    for name, of_steps in zip([*VARIANTS, CONTROL], [*score.fci.T, score.fci[:, 0]]):
         fci = np.array(fci_of_response(of_steps, n_scored, len(steps)))
         response = Measured([""] * len(steps), starts, fci, score.entropies, 0.0, n_scored)
-        points = branch_points("fci", response, *how)
-        control = branch_points("earliest", response, *how)
+        points = branch_points("random" if name == CONTROL else "fci", response, *how)
+        earliest = branch_points("earliest", response, *how)
         positive = np.flatnonzero(fci > 0)
         if len(positive) < 3 or not points:
             return None
         correlation = np.corrcoef(fci[positive], positive)[0, 1]
         place = np.mean([p / len(row["ids"]) for p in points])
-        overlap = len(set(points) & set(control)) / len(points)
-        found[later] = dict(correlation=correlation, place=place, overlap=overlap, steps=len(steps))
+        overlap = len(set(points) & set(earliest)) / len(points)
+        found[name] = dict(correlation=correlation, place=place, overlap=overlap, steps=len(steps))
     return found
 
 
@@ -130,12 +132,13 @@ def main() -> None:
     print(f"{len(measured)} of {len(rows)} have three scored steps and a branch point")
     columns = ["correlation", "place", "overlap", "steps"]
     print(f"\n| FCI of later steps | {' | '.join(columns)} |\n{'| --- ' * 5}|")
-    for later in VARIANTS:
+    for row in [*VARIANTS, CONTROL]:
         cells = []
         for name in columns:
-            values = np.array([m[later][name] for m in measured])
-            cells.append(f"{values.mean():.2f} ± {1.96 * values.std(ddof=1) / len(values) ** 0.5:.2f}")
-        print(f"| {later} | {' | '.join(cells)} |")
+            values = np.array([m[row][name] for m in measured])
+            interval = f"{values.mean():.2f} ± {1.96 * values.std(ddof=1) / len(values) ** 0.5:.2f}"
+            cells.append("–" if (row, name) == (CONTROL, "correlation") else interval)
+        print(f"| {row} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

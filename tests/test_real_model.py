@@ -156,7 +156,9 @@ def test_correlation_and_overlap_of_known_fci(tiny_model, tiny_tokenizer, monkey
     learner = Learner(tiny_model, None, None, MachineConfig(autocast="none"))
     row = {"prompt": prompt_ids(tiny_tokenizer, "a=1, b=a+5, find b."), "ids": ids}
     found = real_fci.measure(row, tiny_tokenizer, learner, MethodConfig())
-    for measured in found.values():
+    assert list(found) == [*real_fci.VARIANTS, real_fci.CONTROL]
+    assert found[real_fci.CONTROL]["overlap"] < 1 and 0 < found[real_fci.CONTROL]["place"] < 1
+    for measured in (found[name] for name in real_fci.VARIANTS):
         assert measured["correlation"] == pytest.approx(-1 if falls else 1)
         assert measured["overlap"] == (1 if falls else 0) and measured["steps"] == 30
         assert measured["place"] < 0.2 if falls else measured["place"] > 0.7
@@ -185,7 +187,7 @@ def test_real_fci_goes_on_where_it_was(tmp_path, capsys):
     first = rows(tmp_path / "samples.jsonl")
     run(real_fci, [*flags, "--responses", "12"])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [line.split()[1] for line in table] == ["FCI", "---", "sum", "mean", "window"] * 2
+    assert [line.split()[1] for line in table] == ["FCI", "---", "sum", "mean", "window", "(at"] * 2
     again = rows(tmp_path / "samples.jsonl")
     assert len(again) > len(first) and again[: len(first)] == first
     with (tmp_path / "samples.jsonl").open("a") as file:
