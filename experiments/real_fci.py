@@ -61,8 +61,9 @@ def sample(args, tokenizer, model) -> list[dict]:
     done = [json.loads(line) for line in lines[:kept]]
     prompts = [prompt_ids(tokenizer, p["problem"]) for p in load_problems(args.data)]
     longest, machine = max(map(len, prompts)) + args.max_tokens, MachineConfig(engine=args.engine)
-    engine = make_engine(machine, args.model, tokenizer, model, max_tokens=longest)
     long = [row for row in done if len(row["ids"]) >= args.min_tokens]
+    if len(long) < args.responses:
+        engine = make_engine(machine, args.model, tokenizer, model, max_tokens=longest)
     bar = tqdm(total=args.responses, initial=len(long), unit="response")
     while len(long) < args.responses and len(done) < len(prompts):
         chosen = prompts[len(done) : len(done) + args.batch]
