@@ -87,6 +87,8 @@ def measure(row: dict, tokenizer, learner: Learner, cfg: MethodConfig) -> dict[s
     texts = [tokenizer.decode([i]) for i in row["ids"]]
     steps = split_steps(texts)
     n_scored, starts = count_scored_steps(texts, steps), [start for start, _ in steps]
+    if len(steps) - cfg.fci_delta - 1 < 3:  # the first step has no FCI, nor the last few: nothing is later
+        return None
     sequence = Sequence(row["prompt"], row["ids"], step_ids_of(len(row["prompt"]), steps))
     how = cfg.n_branch_points, cfg.branch_quantile, cfg.min_branch_gap, np.random.default_rng(0)
     score, found = learner.score([sequence], True, partial(AllVariants, delta=cfg.fci_delta))[0], {}
