@@ -61,7 +61,9 @@ def sample(args, tokenizer, model) -> list[dict]:
     done = [json.loads(line) for line in lines[:kept]]
     prompts = [prompt_ids(tokenizer, p["problem"]) for p in load_problems(args.data)]
     longest, machine = max(map(len, prompts)) + args.max_tokens, MachineConfig(engine=args.engine)
-    long = [row for row in done if len(row["ids"]) >= args.min_tokens]
+    ends = lambda row: len(row["ids"]) < args.max_tokens or not args.ended
+    wanted = lambda row: len(row["ids"]) >= args.min_tokens and ends(row)
+    long = list(filter(wanted, done))
     if len(long) < args.responses:
         engine = make_engine(machine, args.model, tokenizer, model, max_tokens=longest)
     bar = tqdm(total=args.responses, initial=len(long), unit="response")
@@ -72,11 +74,13 @@ def sample(args, tokenizer, model) -> list[dict]:
         rows = [{"prompt": q.prompt_ids, "ids": r.ids} for q, r in zip(requests, engine.generate(requests))]
         append(path, *rows)
         done += rows
-        found = [row for row in rows if len(row["ids"]) >= args.min_tokens]
+        found = list(filter(wanted, rows))
         bar.update(len(found))
         long += found
     bar.close()
-    print(f"{len(done)} responses sampled, {len(long)} of {args.min_tokens} tokens or more")
+    cut_off = sum(len(row["ids"]) == args.max_tokens for row in long[: args.responses])
+    print(f"{len(done)} responses sampled, {len(long)} of {args.min_tokens} tokens or more", end="")
+    print(f"; of the {min(len(long), args.responses)} used {cut_off} do not end within {args.max_tokens}")
     return long[: args.responses]
 
 
@@ -114,6 +118,7 @@ def main() -> None:
     parser.add_argument("--responses", type=int, default=200)
     parser.add_argument("--min_tokens", type=int, default=1000)
     parser.add_argument("--max_tokens", type=int, default=2000)
+    parser.add_argument("--ended", action="store_true", help="only responses that end within --max_tokens")
     parser.add_argument("--batch", type=int, default=64, help="responses sampled at once")
     parser.add_argument("--engine", choices=["torch", "vllm"], default="torch")
     parser.add_argument("--seed", type=int, default=0)
