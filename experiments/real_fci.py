@@ -35,6 +35,7 @@ from tree import Measured, branch_points
 
 VARIANTS = ["sum", "mean", "window"]
 CONTROL = "(at random)"
+MAX_STEPS = 256  # of a response; one with more has fallen into a loop of line breaks
 
 
 class AllVariants:
@@ -87,11 +88,11 @@ def sample(args, tokenizer, model) -> list[dict]:
 def measure(row: dict, tokenizer, learner: Learner, cfg: MethodConfig) -> dict[str, dict] | None:
     """Of one response, per variant and for the control: correlation of FCI with position, place of branch
     points, overlap with the earliest steps. None where anywhere fewer than three steps have FCI > 0, or none
-    is branched."""
+    is branched, or there are more than MAX_STEPS."""
     texts = [tokenizer.decode([i]) for i in row["ids"]]
     steps = split_steps(texts)
     n_scored, starts = count_scored_steps(texts, steps), [start for start, _ in steps]
-    if len(steps) - cfg.fci_delta - 1 < 3:  # the first step has no FCI, nor the last few: nothing is later
+    if len(steps) - cfg.fci_delta - 1 < 3 or len(steps) > MAX_STEPS:  # the first and the last have no FCI
         return None
     sequence = Sequence(row["prompt"], row["ids"], step_ids_of(len(row["prompt"]), steps))
     how = cfg.n_branch_points, cfg.branch_quantile, cfg.min_branch_gap, np.random.default_rng(0)
