@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from attnrl import AttnRL, Problem
 from plumbing import logs
-from plumbing.models import load_tokenizer
+from plumbing.models import head_dim, load_tokenizer
 from plumbing.problems import load_data, stream
 from train import build, parse_config
 
@@ -60,9 +60,8 @@ def matmul_peak(device, dtype, size: int = MATMUL) -> float:
 def forward_flops(model, lengths: list[int]) -> float:
     """Matrix products of one forward pass over sequences of these lengths."""
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim
+    config = model.config.get_text_config()
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim(config)
     return sum(2 * linear * n + attention * n * n for n in lengths)
 
 
@@ -147,8 +146,8 @@ def main() -> None:
 
     peak = matmul_peak(learner.model.device, learner.autocast_dtype)
     passes = 4 if run.gradient_checkpointing else 3  # of the cost of a forward pass each
-    model = trainer.learner.model
-    flops = {"update": passes * forward_flops(model, trained), "score": forward_flops(model, scored)}
+    of = lambda lengths: forward_flops(learner.model, lengths)
+    flops = {"update": passes * of(trained), "score": of(scored)}
     for name in flops:
         rate = flops[name] / times[name]
         share = f"{rate / peak:.1%} of the {peak / 1e9:,.0f} of a matrix product"

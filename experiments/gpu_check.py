@@ -54,7 +54,7 @@ from plumbing.agreement import mismatch, verify_sync
 from plumbing.engines import resolve_engine
 from plumbing.learner import Learner, autocast_dtype, passes
 from plumbing.memory_plan import LiveBytes
-from plumbing.models import ATTENTION, load_tokenizer
+from plumbing.models import ATTENTION, head_dim, load_tokenizer
 from plumbing.nouns import Request, Sequence
 from plumbing.projection import collate
 from plumbing.torch_engine import TorchEngine
@@ -210,7 +210,7 @@ def planned_fci(s: Setting, length: int) -> int:
     bf16 = torch.autocast("cpu", torch.bfloat16, enabled=s.run.autocast != "none")
     heads = c.num_attention_heads, c.num_key_value_heads
     with memory_plan.FAKE, torch.no_grad(), bf16:
-        query, key = (torch.empty(1, n, length, c.hidden_size // heads[0]) for n in heads)
+        query, key = (torch.empty(1, n, length, head_dim(c)) for n in heads)
         with LiveBytes() as live:
             hook.add_layer(query, key, None, None)
     return live.peak

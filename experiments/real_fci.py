@@ -61,11 +61,11 @@ def sample(args, tokenizer, model) -> list[dict]:
     cut_log(path, kept)  # a batch that was interrupted goes
     done = [json.loads(line) for line in lines[:kept]]
     prompts = [prompt_ids(tokenizer, p["problem"]) for p in load_problems(args.data)]
-    longest, machine = max(map(len, prompts)) + args.max_tokens, MachineConfig(engine=args.engine)
     ends = lambda row: len(row["ids"]) < args.max_tokens or not args.ended
     wanted = lambda row: len(row["ids"]) >= args.min_tokens and ends(row)
     long = list(filter(wanted, done))
     if len(long) < args.responses:
+        longest, machine = max(map(len, prompts)) + args.max_tokens, MachineConfig(engine=args.engine)
         engine = make_engine(machine, args.model, tokenizer, model, max_tokens=longest)
     bar = tqdm(total=args.responses, initial=len(long), unit="response")
     while len(long) < args.responses and len(done) < len(prompts):

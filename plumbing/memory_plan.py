@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.masking_utils import sdpa_mask
 
 from fci import StepHook, attention
-from plumbing.models import loading
+from plumbing.models import head_dim, loading
 from plumbing.projection import response_logps
 from plumbing.settings import InputError, one_sentence
 
@@ -86,8 +86,7 @@ def shape_of(name: str) -> Shape:
     model = fake_model(name)
     text = model.config.get_text_config()
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return Shape(model.num_parameters(), 2 * BF16 * text.num_hidden_layers * kv_heads * head_dim)
+    return Shape(model.num_parameters(), 2 * BF16 * text.num_hidden_layers * kv_heads * head_dim(text))
 
 
 def measure(run, n_tokens: int) -> list[int]:

@@ -75,6 +75,11 @@ def positions(config) -> float:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
+def head_dim(config) -> int:
+    """Width of an attention head, of the configuration of a text model."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def prompt_ids(tokenizer, problem: str) -> list[int]:
     """Token ids of the paper's prompt under the model's chat template, up to where the answer starts."""
     messages = [{"role": "user", "content": PROMPT.format(problem=problem)}]
