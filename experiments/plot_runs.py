@@ -3,7 +3,8 @@
     python experiments/plot_runs.py runs/attnrl-tiny-0 runs/grpo-tiny-0 --labels AttnRL GRPO
     python experiments/plot_runs.py runs/attnrl-tiny-0 runs/grpo-tiny-0 --figure 1b --x valid_tokens
 
-Reads metrics.jsonl of each run (docs/metrics.md). Figure 9 needs runs with several held-out files.
+Reads metrics.jsonl of each run (docs/metrics.md). Figure 9 needs runs with several held-out files. Bars at
+accuracies are 95% intervals over problems; runs evaluated on the same problems differ by less than these say.
 """
 
 import argparse
@@ -84,6 +85,9 @@ def draw(runs: list[list[dict]], labels: list[str], panels: dict[str, tuple], ar
         for records, color in zip(runs, colors):
             points = curve(records, X[args.x][0], name, window)
             axis.plot(*points, "o-" if len(points[0]) <= 50 else "-", color=color, **style)
+            if name.startswith("test_accuracy"):
+                half = 1.96 * np.array(curve(records, X[args.x][0], name.replace("accuracy", "stderr"))[1])
+                axis.errorbar(*points, half, fmt="none", ecolor=color, elinewidth=0.8, alpha=0.5)
         axis.set_title(f"Fig. {', '.join(numbers)}: {title}", fontsize=10, loc="left")
         axis.set(ylabel=unit, ylim=(0, None))
         axis.locator_params(nbins=5)

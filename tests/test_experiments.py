@@ -285,10 +285,11 @@ def test_density_integrates_to_one_and_superiority_is_a_probability():
 # --- Figures 1b and 6 to 9
 
 LOGGED = [  # one run's metrics
-    {"step": 0, "test_accuracy": 0.5, "test_accuracy_x": 0.25, "total_tokens": 0},
+    {"step": 0, "test_accuracy": 0.5, "test_stderr": 0.05, "test_accuracy_x": 0.25, "test_stderr_x": 0.1},
     {"step": 0, "reward": 0.25, "total_tokens": 10, "total_updates": 0},
     {"step": 1, "reward": 0.75, "mc_valid": None, "total_tokens": 30, "total_updates": 4},
-    {"step": 2, "mc_valid": 0.5, "test_accuracy": 1.0, "total_tokens": 40, "total_updates": 8},
+    {"step": 2, "mc_valid": 0.5, "test_accuracy": 1.0, "test_stderr": 0.0}
+    | {"total_tokens": 40, "total_updates": 8},
 ]
 
 
@@ -344,6 +345,8 @@ def test_runs_are_overlaid(logged, monkeypatch, capsys):
     drawn = [[line.get_xydata().tolist() for line in axis.lines] for axis in figure.axes]
     assert drawn[0] == [[[0, 0.5], [2, 1]], [[0, 0.5]]]  # evaluations are not smoothed
     assert drawn[1] == [[[2, 0.5]], []] and drawn[2] == [[[0, 0.25], [1, 0.5]], [[0, 0.25]]]
+    (bar, of_certain), _ = [bars.get_segments() for bars in figure.axes[0].collections]
+    assert np.allclose(bar, [[0, 0.5 - 0.098], [0, 0.5 + 0.098]]) and np.allclose(of_certain, [[2, 1], [2, 1]])
 
 
 @pytest.mark.parametrize(
