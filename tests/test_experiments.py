@@ -346,7 +346,8 @@ def test_runs_are_overlaid(logged, monkeypatch, capsys):
     assert drawn[0] == [[[0, 0.5], [2, 1]], [[0, 0.5]]]  # evaluations are not smoothed
     assert drawn[1] == [[[2, 0.5]], []] and drawn[2] == [[[0, 0.25], [1, 0.5]], [[0, 0.25]]]
     (bar, of_certain), _ = [bars.get_segments() for bars in figure.axes[0].collections]
-    assert np.allclose(bar, [[0, 0.5 - 0.098], [0, 0.5 + 0.098]]) and np.allclose(of_certain, [[2, 1], [2, 1]])
+    assert np.allclose(bar, [[0, 0.5 - 0.098], [0, 0.5 + 0.098]])
+    assert np.allclose(of_certain, [[2, 1], [2, 1]])
 
 
 @pytest.mark.parametrize(
