@@ -1,6 +1,6 @@
 """Two evaluations compared: Pass@1 of each benchmark, and the difference with a 95% interval.
 
-    python experiments/compare_evaluations.py runs/eval-a/results.json runs/eval-b/results.json
+    python experiments/compare_evaluations.py runs/eval-a/results.json runs/eval-b/results.json [--show 5]
 
 The interval is a paired bootstrap over problems: how far the difference would vary with other problems of the
 same kind. Both evaluations must be of the same problems under the same settings.
@@ -41,6 +41,26 @@ def compare(path_a: str, path_b: str) -> list[str]:
     return lines
 
 
+def responses(path_a: str, path_b: str, n: int) -> list[str]:
+    """The first response of both to the first n problems of each benchmark, and its verdict, as lines.
+
+    Raises ValueError, one sentence, where a file of samples beside results.json cannot be read.
+    """
+    lines = []
+    for name, result in json.loads(Path(path_a).read_text(encoding="utf-8"))["results"].items():
+        for i in range(min(n, len(result["per_problem"]))):
+            for letter, path in {"A": path_a, "B": path_b}.items():
+                samples = Path(path).parent / f"{name}.jsonl"
+                try:
+                    rows = map(json.loads, samples.read_text(encoding="utf-8").splitlines())
+                    row = next(row for row in rows if row["problem"] == i)
+                except (OSError, ValueError, TypeError, KeyError, StopIteration) as error:
+                    raise ValueError(f"cannot read problem {i} of {samples} ({error!r})") from error
+                text = [f"    {line}" for line in row.get("response", "").splitlines() if line.strip()]
+                lines += [f"{name}, problem {i}, {letter}: {row['verdict']}", *text]
+    return lines
+
+
 def bootstrap(differences: list, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """95% percentile interval of the mean difference over benchmarks; problems are drawn anew within each."""
     rng = np.random.default_rng(seed)
@@ -53,9 +73,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("a", help="results.json of eval.py")
     parser.add_argument("b", help="another, of the same problems and settings")
+    parser.add_argument("--show", type=int, default=0, help="print responses to so many problems, too")
     args = parser.parse_args()
     try:
-        print("\n".join(compare(args.a, args.b)))
+        print("\n".join(compare(args.a, args.b) + responses(args.a, args.b, args.show)))
     except ValueError as error:
         sys.exit(f"error: {error}")
 

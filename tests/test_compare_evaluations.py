@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.compare_evaluations import bootstrap, compare, main
+from experiments.compare_evaluations import bootstrap, compare, main, responses
 
 
 def results(path: Path, per_problem: dict[str, list[float]], **settings) -> str:
@@ -46,6 +46,25 @@ def test_main_prints_the_table_or_one_sentence(tmp_path, monkeypatch, capsys):
         main()
     assert caught.value.code.startswith(f"error: cannot compare {a} with b.json (FileNotFoundError")
     assert "\n" not in caught.value.code
+
+
+def test_responses_of_both_to_the_same_problems(tmp_path, monkeypatch, capsys):
+    """The first sample of each problem, without blank lines; what cannot be read is one sentence."""
+    sample = lambda i, k, x: {"problem": i, "sample": k, "verdict": f"{x}{i}", "response": f"{x}\n\n{i}{k}"}
+    paths = []
+    for x in "ab":
+        (tmp_path / x).mkdir()
+        paths.append(results(tmp_path / x / "results.json", {"m": [0, 1, 0]}))
+        rows = [json.dumps(sample(i, k, x)) for i in range(2) for k in range(2)]
+        (tmp_path / x / "m.jsonl").write_text("\n".join(rows))
+    monkeypatch.setattr(sys, "argv", ["compare_evaluations.py", *paths, "--show", "2"])
+    main()
+    table, shown = compare(*paths), capsys.readouterr().out.splitlines()
+    expected = [f"m, problem {i}, {x.upper()}: {x}{i}|    {x}|    {i}0" for i in range(2) for x in "ab"]
+    assert shown == table + "|".join(expected).split("|")
+    with pytest.raises(ValueError, match="cannot read problem 2 of .*a/m.jsonl"):
+        responses(*paths, 3)
+    assert len(responses(*paths, 1)) == 6
 
 
 def test_the_bootstrap_interval_has_its_width():
