@@ -166,7 +166,7 @@ def make_problems(seed: int, count: int, test: bool) -> list[dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="directory to write")
-    parser.add_argument("--n_warm", type=int, default=320)
+    parser.add_argument("--n_warm", type=int, default=480)
     parser.add_argument("--n_train", type=int, default=2000)
     parser.add_argument("--n_test", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
