@@ -75,7 +75,7 @@ EVENTS = {  # ways to tell each; a and b are numbers
 }
 SIGNS = {"more": "+", "fewer": "-", "times": "*", "shares": "/", "packs": "+", "each": "-"}
 PRODUCTS = {"packs", "each"}  # events of two operations
-LARGEST = 999  # of the numbers computed
+LARGEST = 99  # of the numbers computed
 
 
 class CannotTell(Exception):
@@ -123,8 +123,8 @@ class Story:
     def happen(self, event: str) -> None:
         """Tell an event and compute what it makes of `value`; nothing where its numbers do not fit."""
         sign, v = SIGNS[event], self.value
-        a = self.rng.randint(11, 99) if event in ("more", "fewer") else self.rng.randint(2, 9)
-        b = self.rng.randint(3, 29)
+        a = self.rng.randint(2, 30) if event in ("more", "fewer") else self.rng.randint(2, 5)
+        b = self.rng.randint(2, 9)
         change = a * b if event in PRODUCTS else a
         after = {"+": v + change, "-": v - change, "*": v * change, "/": v / change}[sign]
         if not 2 <= after <= LARGEST or after != int(after):
@@ -140,7 +140,7 @@ def make_problem(rng: random.Random, n_operations: int, test: bool) -> dict[str,
     """{"problem", "answer", "solution"} of a story with so many operations."""
     while True:
         names, pronoun = rng.choice([(SHE, "she"), (HE, "he")])
-        story = Story(rng, test, rng.choice(names), pronoun, rng.choice(ITEMS), rng.randint(11, 99))
+        story = Story(rng, test, rng.choice(names), pronoun, rng.choice(ITEMS), rng.randint(2, 50))
         try:
             story.tell(FIRST, a=story.value)
             story.steps.append(story.sentences[-1])
@@ -166,7 +166,7 @@ def make_problems(seed: int, count: int, test: bool) -> list[dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="directory to write")
-    parser.add_argument("--n_warm", type=int, default=480)
+    parser.add_argument("--n_warm", type=int, default=200)
     parser.add_argument("--n_train", type=int, default=2000)
     parser.add_argument("--n_test", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)

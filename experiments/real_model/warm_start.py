@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="directory to write")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--n_test", type=int, default=200, help="held-out problems to solve afterwards")
     parser.add_argument("--autocast", default="auto", help="as in train.py")
     parser.add_argument("--threads", type=int, default=2)
