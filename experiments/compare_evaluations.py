@@ -9,6 +9,7 @@ same kind. Both evaluations must be of the same problems under the same settings
 import argparse
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -41,20 +42,25 @@ def compare(path_a: str, path_b: str) -> list[str]:
     return lines
 
 
+def first_samples(path: Path) -> dict[int, dict]:
+    """The first row of each problem of a file of samples, by the problem's number."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {row["problem"]: row for row in reversed(rows)}
+
+
 def responses(path_a: str, path_b: str, n: int) -> list[str]:
     """The first response of both to the first n problems of each benchmark, and its verdict, as lines.
 
     Raises ValueError, one sentence, where a file of samples beside results.json cannot be read.
     """
-    lines = []
+    lines, read = [], cache(first_samples)
     for name, result in json.loads(Path(path_a).read_text(encoding="utf-8"))["results"].items():
         for i in range(min(n, len(result["per_problem"]))):
             for letter, path in {"A": path_a, "B": path_b}.items():
                 samples = Path(path).parent / f"{name}.jsonl"
                 try:
-                    rows = map(json.loads, samples.read_text(encoding="utf-8").splitlines())
-                    row = next(row for row in rows if row["problem"] == i)
-                except (OSError, ValueError, TypeError, KeyError, StopIteration) as error:
+                    row = read(samples)[i]
+                except (OSError, ValueError, TypeError, KeyError) as error:
                     raise ValueError(f"cannot read problem {i} of {samples} ({error!r})") from error
                 text = [f"    {line}" for line in row.get("response", "").splitlines() if line.strip()]
                 lines += [f"{name}, problem {i}, {letter}: {row['verdict']}", *text]
