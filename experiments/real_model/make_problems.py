@@ -5,7 +5,7 @@
 writes warm.jsonl for warm_start.py, train.jsonl and test.jsonl, all with solutions. A problem is a story: a
 first sentence, a sentence per event, and a question.
 
-    Nora has 23 stickers. She buys 4 packs with 12 stickers in each. How many stickers does Nora have now?
+    Nora has 13 stickers. She buys 4 packs with 6 stickers in each. How many stickers does Nora have now?
 
 A solution repeats each sentence but the question, and computes, a step each, separated by blank lines. No
 sentence of the test set, its numbers apart, occurs in the other sets: a digest of the sentence decides where
@@ -75,7 +75,7 @@ EVENTS = {  # ways to tell each; a and b are numbers
 }
 SIGNS = {"more": "+", "fewer": "-", "times": "*", "shares": "/", "packs": "+", "each": "-"}
 PRODUCTS = {"packs", "each"}  # events of two operations
-LARGEST = 99  # of the numbers computed
+LARGEST = 40  # of the numbers computed
 
 
 class CannotTell(Exception):
@@ -123,8 +123,8 @@ class Story:
     def happen(self, event: str) -> None:
         """Tell an event and compute what it makes of `value`; nothing where its numbers do not fit."""
         sign, v = SIGNS[event], self.value
-        a = self.rng.randint(2, 30) if event in ("more", "fewer") else self.rng.randint(2, 5)
-        b = self.rng.randint(2, 9)
+        a = self.rng.randint(2, 12) if event in ("more", "fewer") else self.rng.randint(2, 4)
+        b = self.rng.randint(2, 6)
         change = a * b if event in PRODUCTS else a
         after = {"+": v + change, "-": v - change, "*": v * change, "/": v / change}[sign]
         if not 2 <= after <= LARGEST or after != int(after):
@@ -140,7 +140,7 @@ def make_problem(rng: random.Random, n_operations: int, test: bool) -> dict[str,
     """{"problem", "answer", "solution"} of a story with so many operations."""
     while True:
         names, pronoun = rng.choice([(SHE, "she"), (HE, "he")])
-        story = Story(rng, test, rng.choice(names), pronoun, rng.choice(ITEMS), rng.randint(2, 50))
+        story = Story(rng, test, rng.choice(names), pronoun, rng.choice(ITEMS), rng.randint(2, 20))
         try:
             story.tell(FIRST, a=story.value)
             story.steps.append(story.sentences[-1])
@@ -166,7 +166,7 @@ def make_problems(seed: int, count: int, test: bool) -> list[dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="directory to write")
-    parser.add_argument("--n_warm", type=int, default=200)
+    parser.add_argument("--n_warm", type=int, default=96)
     parser.add_argument("--n_train", type=int, default=2000)
     parser.add_argument("--n_test", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)

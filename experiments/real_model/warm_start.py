@@ -70,7 +70,7 @@ def main() -> None:
     solutions = [tokenizer.encode(row["solution"], add_special_tokens=False) for row in rows]
     prompts = [prompt_ids(tokenizer, row["problem"]) for row in rows]
     sequences = [Sequence(p, ids + [tokenizer.eos_token_id]) for p, ids in zip(prompts, solutions)]
-    machine = MachineConfig(autocast=args.autocast, microbatch_tokens=4096, logit_chunk=512)
+    machine = MachineConfig(autocast=args.autocast, microbatch_tokens=2048, logit_chunk=512)
     learner = Learner(model, None, torch.optim.AdamW(model.parameters()), machine)
     fit(learner, sequences, args.epochs, args.batch_size, args.lr)
     model.save_pretrained(args.out)
