@@ -7,9 +7,11 @@ first sentence, a sentence per event, and a question.
 
     Nora has 13 stickers. She buys 4 packs with 6 stickers in each. How many stickers does Nora have now?
 
-A solution repeats each sentence but the question, and computes, a step each, separated by blank lines. No
-sentence of the test set, its numbers apart, occurs in the other sets: a digest of the sentence decides where
-it may be used. The same seed writes the same files.
+A worked solution repeats each sentence but the question, and computes, a step each, separated by blank lines.
+Half of the solutions of warm.jsonl are terse: they leave the operations out, so that a model taught with them
+answers in both ways, and reinforcement learning can find out which of them is more often right. No sentence of
+the test set, its numbers apart, occurs in the other sets: a digest of the sentence decides where it may be
+used. The same seed writes the same files.
 """
 
 import argparse
@@ -163,16 +165,24 @@ def make_problems(seed: int, count: int, test: bool) -> list[dict[str, str]]:
     return list(found.values())
 
 
+def terse(solution: str) -> str:
+    """The solution without its operations."""
+    return "\n\n".join(step for step in solution.split("\n\n") if " = " not in step)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="directory to write")
-    parser.add_argument("--n_warm", type=int, default=96)
+    parser.add_argument("--n_warm", type=int, default=200)
     parser.add_argument("--n_train", type=int, default=2000)
     parser.add_argument("--n_test", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     seen = make_problems(args.seed, args.n_warm + args.n_train, test=False)
+    for i, row in enumerate(seen[: args.n_warm]):
+        if i // 4 % 2:  # four in a row are of one, two, three and four operations
+            row["solution"] = terse(row["solution"])
     files = {"warm": seen[: args.n_warm], "train": seen[args.n_warm :]}
     files["test"] = make_problems(args.seed, args.n_test, test=True)
     for name, rows in files.items():
