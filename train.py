@@ -84,7 +84,7 @@ PRESETS = {  # "paper" changes nothing; smollm2: docs/real-model.md
     | dict(eval_every=10, save_every=20, gradient_checkpointing=False)
     | dict(engine="torch", threads=1, microbatch_tokens=4096, logit_chunk=512, eval_problems=400),
     "smollm2": dict(max_prompt_tokens=192, max_response_tokens=192, batch_size=4, min_batch_size=2)
-    | dict(max_batch_size=12, target_sequences=64, minibatch_sequences=32, lr=5e-6, microbatch_tokens=4096)
+    | dict(max_batch_size=12, target_sequences=64, minibatch_sequences=32, lr=5e-6, microbatch_tokens=2048)
     | dict(eval_every=5, eval_problems=200, save_every=5, gradient_checkpointing=False),
     "tiny grpo": dict(batch_size=6),  # of 30 responses each: about as many tokens as a step of a tree
 }

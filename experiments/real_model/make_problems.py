@@ -9,8 +9,8 @@ first sentence, a sentence per event, and a question.
 
 A worked solution repeats each sentence but the question, and computes, a step each, separated by blank lines.
 Half of the solutions of warm.jsonl are terse: they leave the operations out, so that a model taught with them
-answers in both ways, and reinforcement learning can find out which of them is more often right. No sentence of
-the test set, its numbers apart, occurs in the other sets: a digest of the sentence decides where it may be
+answers in both ways, and reinforcement learning can find out which of them is right more often. No sentence
+of the test set, its numbers apart, occurs in the other sets: a digest of the sentence decides where it may be
 used. The same seed writes the same files.
 """
 
