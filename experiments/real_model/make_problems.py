@@ -173,7 +173,7 @@ def terse(solution: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="directory to write")
-    parser.add_argument("--n_warm", type=int, default=200)
+    parser.add_argument("--n_warm", type=int, default=400)
     parser.add_argument("--n_train", type=int, default=2000)
     parser.add_argument("--n_test", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
