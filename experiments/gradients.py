@@ -50,6 +50,7 @@ from sampler import choose_responses, expansion
 from tiny.make import step_kind
 from tree import RULES, Leaf, branch_points, group_advantages, grow, tree_advantages
 
+TINY = str(ROOT / "tiny/train.jsonl")
 GROUP = 30  # responses of GRPO, as many as the leaves of a tree
 POOL = 72  # problems of a batch index; a rule uses the first of them, as many as it can pay for
 PILOT, REFERENCE = 10_000, 20_000  # seeds of batches that no rule is measured on
@@ -68,14 +69,14 @@ ARMS = [*TREES, *(f"{rule}, group advantage" for rule in GROUP_ADVANTAGE), "GRPO
 class Bench:
     """A fixed policy, and what samples from it, grades, scores and differentiates."""
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, data: str = TINY, max_tokens: int = 128, autocast: str = "none"):
         RULES["oracle"] = oracle
         self.tokenizer, self.model = load_tokenizer(model), load_model(model)
-        machine = MachineConfig(autocast="none", microbatch_tokens=4096, logit_chunk=512)
+        machine = MachineConfig(autocast=autocast, microbatch_tokens=2048, logit_chunk=512)
         self.learner = Learner(self.model, None, None, machine)
-        self.engine = TorchEngine(self.model, self.tokenizer)
-        self.cfg = MethodConfig(max_response_tokens=128, max_prompt_tokens=128, kl_coef=0.0)
-        self.rows = load_problems(str(ROOT / "tiny/train.jsonl"))
+        self.engine = TorchEngine(self.model, self.tokenizer, autocast=self.learner.autocast)
+        self.cfg = MethodConfig(max_response_tokens=max_tokens, max_prompt_tokens=max_tokens, kl_coef=0.0)
+        self.rows = load_problems(data)
 
     def method(self, group_size: int) -> AttnRL:
         cfg = replace(self.cfg, group_size=group_size)

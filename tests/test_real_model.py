@@ -19,7 +19,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from attnrl import MethodConfig
 from eval import grade
 from experiments import real_fci
-from experiments.real_model import make_problems, warm_start
+from experiments.gradients import Bench
+from experiments.real_model import gradient_signal, make_problems, warm_start
 from fci import StepHook, split_steps, step_ids_of
 from plumbing.checkpoints import closing_directories
 from plumbing.learner import Learner
@@ -93,6 +94,16 @@ def test_solutions_are_right(problems):
         assert grade(row["solution"], [row["answer"]])
 
 
+def test_half_of_the_solutions_taught_leave_the_operations_out(problems):
+    """For each number of operations; the answer stays right."""
+    found = rows(problems / "warm.jsonl")
+    assert [row["solution"].count(" = ") for row in found] == [1, 2, 3, 4, 0, 0, 0, 0]
+    for row in found:
+        sentences = row["problem"].split(". ")
+        assert all(f"{sentence}.\n\n" in row["solution"] for sentence in sentences[:-1])
+        assert grade(row["solution"], [row["answer"]])
+
+
 def test_every_number_of_operations_and_every_event_occurs(problems):
     found = rows(problems / "train.jsonl")
     lengths = {len(re.findall(r" = ", row["solution"])) for row in found}
@@ -140,6 +151,24 @@ def mean_surprisal(path: Path, problems: Path) -> float:
     prompt, ids = prompt_ids(tokenizer, row["problem"]), tokenizer.encode(row["solution"])
     logps = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     return float(-logps.gather(1, torch.tensor(ids)[:, None]).mean())
+
+
+def test_gradient_signal(monkeypatch, capsys):
+    """Of batches of different problems: 1 if all gradients point one way, -1 / 2 of three that cancel."""
+    seen, angles = [], []
+    sample = Bench.sample
+    monkeypatch.setattr(Bench, "sample", lambda bench, rows, n: seen.append(rows) or sample(bench, rows, n))
+    unit = lambda angle: np.array([np.cos(angle), np.sin(angle)])
+    monkeypatch.setattr(Bench, "gradient", lambda *_: 3 * unit(angles.pop(0)))
+    flags = [str(TINY), str(TINY / "train.jsonl"), *"--batches 3 --batch_size 2 --group_size 2".split()]
+    for step, expected in ((0.0, "1.0000"), (2 * np.pi / 3, "-0.5000")):
+        angles += [0, step, 2 * step]
+        run(gradient_signal, flags)
+        assert f"two batches: {expected} ± 0.0000" in capsys.readouterr().out
+    assert [len(batch) for batch in seen] == [2] * 6
+    assert len({row["problem"] for batch in seen[:3] for row in batch}) == 6
+    with pytest.raises(SystemExit):
+        run(gradient_signal, [*flags, "--batches", "2"])
 
 
 # --- real_fci.py ------------------------------------------------------------------------------------------
