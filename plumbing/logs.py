@@ -200,7 +200,8 @@ class ProgressBar(tqdm):
         self.token_budget = run.token_budget
         unit, total = ("token", run.token_budget) if run.token_budget else ("step", run.steps)
         style = dict(unit=unit, unit_scale=unit == "token", dynamic_ncols=True, disable=rank() > 0)
-        super().__init__(total=total, initial=self._so_far(progress), **style)
+        # smoothing=0: time left by the mean rate; an evaluation would dominate that of the latest steps.
+        super().__init__(total=total, initial=self._so_far(progress), smoothing=0, **style)
 
     def show(self, progress: Progress, reward: float | None, sampled: int) -> None:
         """After a step: the number of problems sampled, and their mean reward, None without any."""
