@@ -20,7 +20,7 @@ from attnrl import MethodConfig
 from eval import grade
 from experiments import real_fci
 from experiments.gradients import Bench
-from experiments.real_model import gradient_signal, make_problems, warm_start
+from experiments.real_model import answers, gradient_signal, make_problems, warm_start
 from fci import StepHook, split_steps, step_ids_of
 from plumbing.checkpoints import closing_directories
 from plumbing.learner import Learner
@@ -169,6 +169,18 @@ def test_gradient_signal(monkeypatch, capsys):
     assert len({row["problem"] for batch in seen[:3] for row in batch}) == 6
     with pytest.raises(SystemExit):
         run(gradient_signal, [*flags, "--batches", "2"])
+
+
+def test_answers_with_and_without_operations(problems, tmp_path, capsys):
+    """Problems 0 and 1 need one and two operations."""
+    responses = [(0, "2 + 3 = 5", "correct"), (0, "I say 5", "wrong"), (1, "2 * 2 = 4", "wrong")]
+    found = [dict(problem=p, response=text, verdict=verdict) for p, text, verdict in responses]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    run(answers, [str(problems / "test.jsonl"), str(tmp_path / "test.jsonl")])
+    lines = [line.split(" | ", 1)[1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert lines[0] == "1 to 4 | 3 | 67 % | 50 % (1 of 2) | 0 % (0 of 1) |"
+    assert lines[1] == "1 | 2 | 50 % | 100 % (1 of 1) | 0 % (0 of 1) |"
+    assert lines[3] == "3 | 0 | – | – (0 of 0) | – (0 of 0) |"
 
 
 # --- real_fci.py ------------------------------------------------------------------------------------------

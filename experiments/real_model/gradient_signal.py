@@ -4,7 +4,7 @@
 
 The policy is fixed. Each batch, of other problems and as large as a step of GRPO, gives one gradient, of
 Eq. 1 at ratio 1 without the KL. If a gradient is a signal plus independent noise, the mean cosine c of two of
-them is the signal's share of its power: the mean of 1 / c gradients has about as much signal as noise. The
+them is the signal's share of its power: the mean of (1 - c) / c gradients has as much signal as noise. The
 same for the embedded reasoner is in docs/lab.md. The error is a jackknife over the batches.
 """
 
