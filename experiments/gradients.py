@@ -67,7 +67,7 @@ ARMS = [*TREES, *(f"{rule}, group advantage" for rule in GROUP_ADVANTAGE), "GRPO
 
 
 class Bench:
-    """A fixed policy, and what samples from it, grades, scores and differentiates."""
+    """A fixed policy, and what samples from it, grades, scores and differentiates. data: as in train.py."""
 
     def __init__(self, model: str, data: str = TINY, max_tokens: int = 128, autocast: str = "none"):
         RULES["oracle"] = oracle

@@ -181,6 +181,9 @@ def test_answers_with_and_without_operations(problems, tmp_path, capsys):
     assert lines[0] == "1 to 4 | 3 | 67 % | 50 % (1 of 2) | 0 % (0 of 1) |"
     assert lines[1] == "1 | 2 | 50 % | 100 % (1 of 1) | 0 % (0 of 1) |"
     assert lines[3] == "3 | 0 | – | – (0 of 0) | – (0 of 0) |"
+    with pytest.raises(SystemExit):
+        run(answers, [str(problems / "test.jsonl"), str(tmp_path / "other.jsonl")])
+    assert "no such file: " + str(tmp_path / "other.jsonl") in capsys.readouterr().err
 
 
 # --- real_fci.py ------------------------------------------------------------------------------------------

@@ -16,14 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.lab_report import table
 
-HEADER = [
-    "samples",
-    "operations",
-    "answers",
-    "with operations",
-    "right of those",
-    "right of the others",
-]
+HEADER = ["samples", "operations", "answers", "with operations", "right of those", "right of the others"]
 
 
 def read(path: Path) -> list[dict]:
@@ -45,6 +38,8 @@ def main() -> None:
     parser.add_argument("problems", type=Path, help="test.jsonl of make_problems.py")
     parser.add_argument("samples", type=Path, nargs="+", help="samples of these problems, of eval.py")
     args = parser.parse_args()
+    if missing := [str(path) for path in [args.problems, *args.samples] if not path.exists()]:
+        parser.error(f"no such file: {', '.join(missing)}")
     problems, rows = read(args.problems), []
     for path in args.samples:
         for label, needed in [("1 to 4", [1, 2, 3, 4]), *((f"{n}", [n]) for n in (1, 2, 3, 4))]:
