@@ -16,7 +16,7 @@ from helpers import random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from attnrl import MethodConfig
+from attnrl import MethodConfig, Problem
 from eval import grade
 from experiments import real_fci
 from experiments.gradients import Bench
@@ -158,6 +158,8 @@ def test_gradient_signal(monkeypatch, capsys):
     seen, angles = [], []
     sample = Bench.sample
     monkeypatch.setattr(Bench, "sample", lambda bench, rows, n: seen.append(rows) or sample(bench, rows, n))
+    monkeypatch.setattr(Problem, "mixed", lambda problem: mixed)
+    mixed = True
     unit = lambda angle: np.array([np.cos(angle), np.sin(angle)])
     monkeypatch.setattr(Bench, "gradient", lambda *_: 3 * unit(angles.pop(0)))
     flags = [str(TINY), str(TINY / "train.jsonl"), *"--batches 3 --batch_size 2 --group_size 2".split()]
@@ -169,6 +171,9 @@ def test_gradient_signal(monkeypatch, capsys):
     assert len({row["problem"] for batch in seen[:3] for row in batch}) == 6
     with pytest.raises(SystemExit):
         run(gradient_signal, [*flags, "--batches", "2"])
+    mixed = False
+    with pytest.raises(SystemExit, match="batch 0 has no gradient"):
+        run(gradient_signal, flags)
 
 
 def test_answers_with_and_without_operations(problems, tmp_path, capsys):

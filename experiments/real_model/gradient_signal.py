@@ -45,6 +45,8 @@ def main() -> None:
         torch.manual_seed(b)
         rows = stream(bench.rows, 0, b * args.batch_size, (b + 1) * args.batch_size)
         problems = bench.sample(rows, args.group_size)
+        if not any(problem.mixed() for problem in problems):
+            sys.exit(f"batch {b} has no gradient: each problem has only right or only wrong responses")
         gradient = bench.gradient(problems, credit(problems, group_advantages))
         gradients.append(gradient / np.linalg.norm(gradient))
         tokens.append(cost(problems))
