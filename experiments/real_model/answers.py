@@ -42,8 +42,9 @@ def main() -> None:
         parser.error(f"no such file: {', '.join(missing)}")
     problems, rows = read(args.problems), []
     for path in args.samples:
-        for label, needed in [("1 to 4", [1, 2, 3, 4]), *((f"{n}", [n]) for n in (1, 2, 3, 4))]:
-            rows.append([path.parent.name, label, *count(problems, read(path), needed)])
+        name, samples = path.parent.name, read(path)
+        rows.append([name, "1 to 4", *count(problems, samples, [1, 2, 3, 4])])
+        rows += [[name, f"{n}", *count(problems, samples, [n])] for n in (1, 2, 3, 4)]
     print(table(HEADER, *rows))
 
 

@@ -45,17 +45,17 @@ def main() -> None:
         torch.manual_seed(b)
         rows = stream(bench.rows, 0, b * args.batch_size, (b + 1) * args.batch_size)
         problems = bench.sample(rows, args.group_size)
-        if not any(problem.mixed() for problem in problems):
+        mixed.append(sum(problem.mixed() for problem in problems))
+        if not mixed[-1]:
             sys.exit(f"batch {b} has no gradient: each problem has only right or only wrong responses")
         gradient = bench.gradient(problems, credit(problems, group_advantages))
         gradients.append(gradient / np.linalg.norm(gradient))
         tokens.append(cost(problems))
-        mixed.append(sum(problem.mixed() for problem in problems))
         rewards += [r.reward for problem in problems for r in problem.rollouts]
     gram = np.array([[g @ h for h in gradients] for g in gradients])
     c, error = jackknife(lambda kept: consistency(gram[np.ix_(kept, kept)]), len(gradients))
-    print(f"{np.mean(tokens):,.0f} tokens per batch, {np.mean(rewards):.1%} of the responses right, "
-          f"{np.mean(mixed):.1f} of {args.batch_size} problems mixed")  # fmt: skip
+    sampled = f"{np.mean(tokens):,.0f} tokens per batch, {np.mean(rewards):.1%} of the responses right"
+    print(f"{sampled}, {np.mean(mixed):.1f} of {args.batch_size} problems mixed")
     print(f"mean cosine of two batches: {c:.4f} ± {error:.4f} (standard error, {args.batches} batches)")
 
 
